@@ -1,0 +1,304 @@
+"""Overlaps and exact surface distances of two masks, on the GPU that holds them.
+
+1. The mathematics
+
+Surface of a mask: its voxels with at least one of the 6 neighbors in the background; what lies outside the
+volume is background. With S the other mask's surface and s the spacing, a surface voxel (z, y, x) has the
+distance d to S,
+
+    d² = min over (z', y', x') in S of  (s_z (z' - z))² + (s_y (y' - y))² + (s_x (x' - x))²
+       = min over offsets (i, j) of     (s_z i)² + (s_y j)² + (s_x r(z + i, y + j, x))²
+
+where r(z, y, x) counts the voxels from x to the nearest voxel of S *in the same row*. The offsets (i, j) are
+visited in the order of their own length (s_z i)² + (s_y j)²; once that reaches the best d² so far, no later
+one can do better. A point d voxels away is settled after about π d² reads, near or far, at any spacing.
+Nothing is rounded but by SciPy's distance transform too: its squares, sums and root in float64, in its order.
+
+    asd    mean of d over the prediction's surface (and over the label's, to the prediction)
+    hd95   95th percentile of the two sets pooled, linearly interpolated as NumPy does
+
+Four kernels and one running sum, without a synchronization: every buffer has the size of its bound, and what
+one kernel counts the next reads on the device. Bytes, for N voxels and n surface voxels of both masks:
+
+    rows      reads both masks, 2N; writes r to both surfaces as int16, 4N; counts voxels, tile by tile
+    cumsum    of the counts: all totals, and each tile's first slot in the list of surface voxels
+    compact   where a tile holds surface, reads r again (the surface is where r = 0); writes voxel numbers, 8n
+    nearest   reads 2 bytes for each of some π d² offsets a point; overwrites the voxel number by the distance
+    finish    8n for the means, 8n for each of some 8 passes that corner the percentile; one program a class
+
+Left atrium, N = 190x140x88, n = 44,000: 14 MB, 5 million reads. 512x512x200, n = 380,000: 0.3 GB, 40 million.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this platform: the kernels below stay plain functions that nobody calls
+    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
+jit = triton.jit if triton else lambda function: function
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+LONGEST = 1024  # voxels along an axis: r fits int16, a voxel's number int32
+FAR = tl.constexpr(1 << 14)  # r in a row without surface
+TOGETHER = 1 << 27  # voxels of one call of the kernels, at 20 bytes of memory each
+TILE = 2048  # voxels that a program of `rows` and `compact` takes
+POINTS, OFFSETS = 32, 64  # `nearest` looks at so many offsets around so many points at once
+PASS, PIVOTS = 1024, 8  # `finish` compares so many distances with so many pivots at once
+
+
+# 2. The reference
+
+
+def reference(prediction: Tensor, label: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
+    """`surface_scores` in plain PyTorch: every surface voxel against every other, on any device."""
+    prediction, label, spacing = _checked(prediction, label, spacing)
+    scale = torch.tensor(spacing, dtype=torch.float64, device=label.device)
+    scores = torch.full((len(label), 6), math.nan, dtype=torch.float64, device=label.device)
+    for row, p, q in zip(scores, prediction.bool(), label.bool(), strict=True):
+        row[:3] = torch.stack([(p & q).sum(), p.sum(), q.sum()])
+        surfaces = [_surface(mask).nonzero() * scale for mask in (p, q)]  # (n, 3)
+        if all(map(len, surfaces)):
+            length = torch.cdist(*surfaces, compute_mode="donot_use_mm_for_euclid_dist")
+            forward, backward = length.amin(1), length.amin(0)
+            percentile = torch.cat((forward, backward)).quantile(0.95)
+            row[3:] = torch.stack([forward.mean(), backward.mean(), percentile])
+    return scores
+
+
+def _surface(mask: Tensor) -> Tensor:
+    padded = pad(mask, (1,) * 6)
+    neighbors = [padded.roll(step, axis)[1:-1, 1:-1, 1:-1] for axis in range(3) for step in (-1, 1)]
+    return mask & ~torch.stack(neighbors).all(0)
+
+
+# 3. The kernels
+
+
+@jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@jit
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@jit
+def _row(mask, reach, z, y, x, D, H, W, inside):
+    """Writes r for a tile (ROWS, WIDTH) of a mask; returns the tile and the number of its surface voxels."""
+    voxel = (z * H + y) * W + x
+    m = tl.load(mask + voxel, inside, other=0) != 0
+    r, count = tl.full(m.shape, FAR, tl.int32), 0
+    if tl.max(m.to(tl.int32)) > 0:
+        core = tl.load(mask + voxel - H * W, inside & (z > 0), other=0) != 0
+        core &= tl.load(mask + voxel + H * W, inside & (z < D - 1), other=0) != 0
+        core &= tl.load(mask + voxel - W, inside & (y > 0), other=0) != 0
+        core &= tl.load(mask + voxel + W, inside & (y < H - 1), other=0) != 0
+        core &= tl.load(mask + voxel - 1, inside & (x > 0), other=0) != 0
+        core &= tl.load(mask + voxel + 1, inside & (x < W - 1), other=0) != 0
+        surface = m & ~core
+        count = tl.sum(surface.to(tl.int32))
+        before = tl.associative_scan(tl.where(surface, x, -FAR), 1, _larger)
+        after = tl.associative_scan(tl.where(surface, x, 2 * FAR), 1, _smaller, reverse=True)
+        r = tl.minimum(tl.minimum(x - before, after - x), FAR)
+    tl.store(reach + voxel, r.to(tl.int16), inside)
+    return m, count
+
+
+@jit
+def _rows(prediction, label, reach, counts, K, D, H, W, T, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """reach (2, K, N): r; counts (K, 5, T): the two surfaces, the intersection, prediction and label."""
+    tile, k, volume = tl.program_id(0), tl.program_id(1).to(tl.int64), D * H * W
+    row, x = tile * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+    z, y, inside = row // H, row % H, (row < D * H) & (x < W)
+    p, surface_p = _row(prediction + k * volume, reach + k * volume, z, y, x, D, H, W, inside)
+    q, surface_q = _row(label + k * volume, reach + (K + k) * volume, z, y, x, D, H, W, inside)
+    counts += k * 5 * T + tile
+    tl.store(counts, surface_p)
+    tl.store(counts + T, surface_q)
+    tl.store(counts + 2 * T, tl.sum((p & q).to(tl.int32)))
+    tl.store(counts + 3 * T, tl.sum(p.to(tl.int32)))
+    tl.store(counts + 4 * T, tl.sum(q.to(tl.int32)))
+
+
+@jit
+def _compact(reach, counts, ends, points, volume, span, T, TILE: tl.constexpr):
+    """points (K, 2N): the numbers of the prediction's surface voxels in order, behind them the label's."""
+    tile, side, k = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    entry = (k * 5 + side) * T + tile
+    count = tl.load(counts + entry)
+    if count > 0:
+        lane = tl.arange(0, TILE)
+        voxel = tile * span + lane
+        inside = (lane < span) & (voxel < volume)
+        surface = tl.load(reach + (side * tl.num_programs(2) + k) * volume + voxel, inside, other=FAR) == 0
+        first = k * 2 * volume + tl.load(ends + entry) - count
+        tl.store(points + first + tl.cumsum(surface.to(tl.int32)) - 1, voxel.to(tl.int64), surface)
+
+
+@jit
+def _nearest(points, distances, reach, ends, s_x, dz, dy, length, D, H, W, T,
+             POINTS: tl.constexpr, OFFSETS: tl.constexpr):  # fmt: skip
+    """Overwrites each point by its distance to the other surface: `points` and `distances` are one memory."""
+    k, volume = tl.program_id(1).to(tl.int64), D * H * W
+    ends += k * 5 * T - 1
+    n_p, n = tl.load(ends + T), tl.load(ends + 2 * T)
+    if (n_p > 0) & (n_p < n):
+        for start in range(tl.program_id(0) * POINTS, n, tl.num_programs(0) * POINTS):
+            i = start + tl.arange(0, POINTS)
+            slot = k * 2 * volume + i
+            voxel = tl.load(points + slot, i < n, other=0).to(tl.int32)
+            z, y = (voxel // (W * H))[None, :], (voxel // W % H)[None, :]
+            column = reach + ((i < n_p) * tl.num_programs(1) + k) * volume + voxel % W  # of the other surface
+            best = tl.where(i < n, float("inf"), 0.0).to(tl.float64)
+            j = 0
+            while tl.load(length + j) < tl.max(best):  # the last length is infinite
+                offset = j + tl.arange(0, OFFSETS)[:, None]
+                at_z, at_y = z + tl.load(dz + offset), y + tl.load(dy + offset)  # (OFFSETS, POINTS)
+                inside = (at_z >= 0) & (at_z < D) & (at_y >= 0) & (at_y < H)
+                r = tl.load(column[None, :] + (at_z * H + at_y) * W, inside, other=FAR)
+                d_x = r.to(tl.float64) * tl.load(s_x)
+                square = tl.load(length + offset) + d_x * d_x
+                best = tl.minimum(best, tl.min(tl.where(r < FAR, square, float("inf")), 0))
+                j += OFFSETS
+            tl.store(distances + slot, tl.sqrt(best), i < n)
+
+
+@jit
+def _finish(distances, ends, scores, volume, T, TILE: tl.constexpr, PIVOTS: tl.constexpr):
+    """scores (K, 6), a program a row."""
+    k = tl.program_id(0).to(tl.int64)
+    distances, ends, scores = distances + k * 2 * volume, ends + k * 5 * T - 1, scores + k * 6
+    for field in tl.static_range(3):
+        tl.store(scores + field, tl.load(ends + (field + 3) * T) - tl.load(ends + (field + 2) * T))
+        tl.store(scores + field + 3, float("nan"))
+    n_p, n = tl.load(ends + T), tl.load(ends + 2 * T)
+    if (n_p > 0) & (n_p < n):
+        forward, backward = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.float64)
+        lowest, highest = tl.full([TILE], float("inf"), tl.float64), tl.zeros([TILE], tl.float64)
+        for i in tl.range(0, n, TILE, num_stages=4):
+            lane = i + tl.arange(0, TILE)
+            d = tl.load(distances + lane, lane < n, other=0.0)
+            forward += tl.where(lane < n_p, d, 0.0)
+            backward += tl.where(lane < n_p, 0.0, d)
+            lowest = tl.minimum(lowest, tl.where(lane < n, d, float("inf")))
+            highest = tl.maximum(highest, d)
+        tl.store(scores + 3, tl.sum(forward) / n_p.to(tl.float64))
+        tl.store(scores + 4, tl.sum(backward) / (n - n_p).to(tl.float64))
+
+        place = (n - 1).to(tl.float64) * tl.full((), 0.95, tl.float64)
+        rank = tl.floor(place).to(tl.int64)
+        part = place - rank.to(tl.float64)
+        low = tl.min(lowest)  # never more than `rank` distances are less than `low`
+        width = tl.max(highest) - low
+        pieces = 1
+        while pieces * PIVOTS < n:
+            pieces *= PIVOTS
+            width /= PIVOTS
+            pivot = low + width * (1 + tl.arange(0, PIVOTS)).to(tl.float64)
+            less = tl.zeros([PIVOTS, TILE], tl.int32)
+            for i in tl.range(0, n, TILE, num_stages=4):
+                lane = i + tl.arange(0, TILE)
+                d = tl.load(distances + lane, lane < n, other=float("inf"))
+                less += (d[None, :] < pivot[:, None]).to(tl.int32)
+            low += width * tl.sum((tl.sum(less, 1) <= rank).to(tl.int32)).to(tl.float64)
+        count, above = 0, low
+        while count <= rank:  # from one distance to the next: seldom more than twice
+            low = above
+            up_to, next_up = tl.zeros([TILE], tl.int32), tl.full([TILE], float("inf"), tl.float64)
+            for i in tl.range(0, n, TILE, num_stages=4):
+                lane = i + tl.arange(0, TILE)
+                d = tl.load(distances + lane, lane < n, other=float("inf"))
+                up_to += (d <= low).to(tl.int32)
+                next_up = tl.minimum(next_up, tl.where(d > low, d, float("inf")))
+            count, above = tl.sum(up_to), tl.min(next_up)
+        high = tl.where(count > rank + 1, low, above)
+        gap = high - low
+        tl.store(scores + 5, tl.where(part < 0.5, low + gap * part, high - gap * (1 - part)))  # NumPy's two
+
+
+# 4. The public function
+
+
+def surface_scores(prediction: Tensor, label: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
+    """Overlap counts and surface distances of K pairs of masks of one volume, without a synchronization.
+
+    Args:
+        prediction, label: (K, D, H, W), or (D, H, W) for K = 1, bool or uint8, foreground wherever not 0;
+            each axis of 1 to 1024 voxels.
+        spacing: (D, H, W) distances between neighbors, default 1; the unit of the results.
+    Returns:
+        (K, 6) float64 on the masks' device: |prediction ∩ label|, |prediction|, |label|, the average distance
+        from prediction to label, from label to prediction, and the 95th percentile of both sets pooled. The
+        distances are NaN where a mask is empty.
+    Raises ValueError on other shapes, types or spacings, or masks on two devices.
+
+    The definitions are those of MedPy 0.5, `medpy.metric.binary`, connectivity 1. The transform along the
+    rows is the first pass of Saito and Toriwaki, Pattern Recognition 1994;27(11):1551-1565. Memory: 20 bytes
+    a voxel of a pair, and no more than 2.7 GB where one pair keeps within it.
+    """
+    prediction, label, spacing = _checked(prediction, label, spacing)
+    if not (triton and (label.is_cuda or INTERPRETED)):
+        return reference(prediction, label, spacing)
+    scores = torch.empty(len(label), 6, dtype=torch.float64, device=label.device)
+    together = max(1, TOGETHER // label[0].numel())
+    pairs = (masks.contiguous().view(torch.uint8).split(together) for masks in (prediction, label))
+    with torch.cuda.device_of(label):
+        for p, q, rows in zip(*pairs, scores.split(together), strict=True):
+            _launch(p, q, spacing, rows)
+    return scores
+
+
+def _launch(prediction: Tensor, label: Tensor, spacing: tuple[float, ...], scores: Tensor) -> None:
+    K, D, H, W = label.shape
+    volume, device = D * H * W, label.device
+    width = max(16, triton.next_power_of_2(W))
+    rows = TILE // width
+    tiles = triton.cdiv(D * H, rows)
+    reach = torch.empty(2, K, volume, dtype=torch.int16, device=device)
+    counts = torch.empty(K, 5 * tiles, dtype=torch.int64, device=device)
+    distances = torch.empty(K, 2 * volume, dtype=torch.float64, device=device)
+    points = distances.view(torch.int64)
+    table = _offsets(spacing, *(max(16, triton.next_power_of_2(axis)) for axis in (D, H)), device)
+    programs = min(4096, triton.cdiv(2 * volume, POINTS))
+    unfused = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where SciPy rounds twice
+
+    _rows[tiles, K](prediction, label, reach, counts, K, D, H, W, tiles, rows, width, num_warps=8)
+    ends = counts.cumsum(1)  # (K, 5 * tiles)
+    _compact[tiles, 2, K](reach, counts, ends, points, volume, rows * W, tiles, TILE)
+    _nearest[programs, K](points, distances, reach, ends, *table, D, H, W, tiles, POINTS, OFFSETS, **unfused)
+    _finish[K,](distances, ends, scores, volume, tiles, PASS, PIVOTS, num_warps=16, **unfused)
+
+
+@lru_cache(maxsize=8)
+def _offsets(spacing: tuple[float, ...], depth: int, height: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Spacing along a row; dz, dy and squared length of the offsets between rows, in the order of length."""
+    dz, dy = torch.arange(-depth, depth, device=device), torch.arange(-height, height, device=device)
+    square_z, square_y = (dz.double() * spacing[0]) ** 2, (dy.double() * spacing[1]) ** 2
+    length, order = (square_z[:, None] + square_y).flatten().sort()
+    s_x = torch.full((1,), spacing[2], dtype=torch.float64, device=device)
+    rows, columns = dz[order // len(dy)].int(), dy[order % len(dy)].int()
+    return s_x, rows, columns, pad(length, (0, 1), value=math.inf)
+
+
+def _checked(prediction: Tensor, label: Tensor, spacing) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+    shapes = tuple(prediction.shape), tuple(label.shape)
+    if shapes[0] != shapes[1] or len(shapes[0]) not in (3, 4) or prediction.device != label.device:
+        raise ValueError(f"masks {shapes}: give two of one shape, (K, D, H, W) or (D, H, W), on one device")
+    if 0 in shapes[0] or max(shapes[0][-3:]) > LONGEST:
+        raise ValueError(f"masks {shapes}: an axis may have 1 to {LONGEST} voxels")
+    if not {prediction.dtype, label.dtype} <= {torch.bool, torch.uint8}:
+        raise ValueError(f"masks of {prediction.dtype} and {label.dtype}: give bool or uint8")
+    spacing = (1.0, 1.0, 1.0) if spacing is None else tuple(map(float, spacing))
+    if len(spacing) != 3 or not all(0 < s < math.inf for s in spacing):
+        raise ValueError(f"spacing {spacing}: give three positive numbers")
+    return *(masks if masks.ndim == 4 else masks[None] for masks in (prediction, label)), spacing

@@ -1,0 +1,646 @@
+"""Reciprocal learning for semi-supervised 3D medical image segmentation, in one module.
+
+A student learns from a teacher's pseudo labels; the teacher learns from the labels, and from how much its lesson
+helped the student on labeled data. Zeng, Wang et al., "Reciprocal learning for semi-supervised segmentation",
+MICCAI 2021, and Medical Physics 50(1):163-177, 2023.
+
+    python reciprocal.py --data la --labeled 0.2             train, test, report
+    python reciprocal.py --data FOLDER --out runs/mine       own data
+    python reciprocal.py --resume runs/mine                  go on where it stopped
+    python reciprocal.py predict -i scans/ -o masks/ --checkpoint runs/mine
+
+To learn, read `reciprocal_step` first; the rest follows the order of the thought: Config, the network, the step,
+the inference, the training loop, the report, the command line.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+import data
+import metrics
+import report
+from data import BadInput, Parser
+from kernels.dice import dice_ce
+
+# ---- Config -------------------------------------------------------------------------------------------------------
+
+def flag(default, help: str, choices: tuple | None = None):
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every field is a flag of the command line and is saved in the run. Values come from here, then from the data
+    set's recipe (`data.RECIPES`), then from the preset, then from the flags."""
+
+    data: str = flag("phantom", f"a data set by name ({', '.join(data.RECIPES)}) or a folder of your own")
+    root: str = flag("", "where the named data set lies (default: data/NAME)")
+    labeled: float = flag(0.2, "labeled training cases to use: a share, or a count if over 1")
+    holdout: float = flag(0.2, "share of the labeled cases kept out of training and scored as test cases")
+    out: str = flag("", "the run's folder (default: a new one in runs/)")
+    seed: int = flag(1, "seed of the weights, the patches and the dropout")
+
+    method: str = flag("reciprocal", "how to train", ("reciprocal", "supervised"))
+    preset: str = flag("strong", "the paper's settings to the letter, or the stronger default", ("paper", "strong"))
+    loss: str = flag("dice+ce", "loss of the reciprocal steps", ("ce", "dice", "dice+ce"))
+    supervised_loss: str = flag("dice+ce", "loss of `supervised` and of pre-training", ("ce", "dice", "dice+ce"))
+    lesson: str = flag("both", "the student learns from pseudo labels, or from labels as well", ("pseudo", "both"))
+    student_start: str = flag("pretrained", "the student's weights at the start", ("random", "pretrained"))
+    feedback: str = flag(
+        "scalar",
+        "h: the authors' lr * <lesson gradient, exam gradient>; the measured fall of the exam loss; none",
+        ("scalar", "difference", "off"),
+    )
+    iterations: int = flag(6000, "reciprocal steps")
+    pretrain: int = flag(6000, "supervised steps of pre-training, for the teacher and for a pretrained student")
+    teacher_from: str = flag("", "a run or a file whose student's weights replace the teacher's pre-training")
+    student_from: str = flag("", "the same for the student")
+
+    filters: int = flag(16, "channels of the network's first level")
+    depth: int = flag(4, "times the network halves the volume")
+    dropout: bool = flag(True, "Dropout3d(0.5) after the bottleneck and before the head")
+    patch: tuple = flag((112, 112, 80), "voxels a side, each a multiple of 2 ** depth")
+    batch_l: int = flag(2, "labeled patches a step")
+    batch_u: int = flag(2, "unlabeled patches a step; a supervised step takes batch_l + batch_u labeled ones")
+    optimizer: str = flag("sgd", "SGD with momentum 0.9, or Adam; weight decay 1e-4", ("sgd", "adam"))
+    lr: float = flag(0.01, "learning rate")
+    schedule: str = flag("step", "lr * 0.1 every lr_step, or lr * (1 - t/T) ** 0.9", ("step", "poly"))
+    lr_step: int = flag(2500, "iterations between two steps of the schedule `step`")
+    augment: str = flag("rotflip", "rot90 and one flip in the plane; a flip of each axis; none",
+                        ("rotflip", "flip", "none"))
+    noise: float = flag(0.0, "standard deviation of Gaussian noise on the patches")
+    normalize: str = flag("zscore", "intensities: z-score a volume, `window` to [0, 1], none",
+                          ("zscore", "window", "none"))
+    window: tuple = flag((-125.0, 275.0), "the lowest and highest intensity for --normalize window")
+
+    stride: tuple = flag((18, 18, 4), "steps of the sliding window, in voxels")
+    windows: int = flag(4, "windows in one forward pass")
+    largest_component: bool = flag(False, "keep the largest component of each predicted class")
+    spacing: str = flag("voxels", "unit of the distances", ("voxels", "mm"))
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    amp: str = flag("auto", "autocast; auto is bf16 on CUDA and off elsewhere", ("auto", "bf16", "off"))
+    deterministic: bool = flag(False, "deterministic algorithms only")
+    log_every: int = flag(10, "iterations between two reads of the losses from the device")
+    eval_every: int = flag(500, "iterations between two points of the Dice curve")
+    eval_cases: int = flag(4, "scored cases behind the Dice curve")
+    save_every: int = flag(500, "iterations between two checkpoints")
+
+    def check(self) -> "Config":
+        """Itself, or BadInput on values that no run can have."""
+        positive = ("batch_l", "batch_u", "filters", "windows", "lr_step", "log_every", "eval_every", "save_every")
+        for name in ("iterations", "pretrain", "eval_cases", "seed", "noise", "depth", *positive):
+            if getattr(self, name) < (name in positive):
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: too low")
+        side = 2**self.depth
+        if any(p % side or p < side for p in self.patch):
+            raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
+                           "2 ** depth; choose such sides or a smaller --depth")
+        if min(self.stride) < 1 or self.lr <= 0:
+            raise BadInput("--stride and --lr must be positive")
+        return self
+
+
+PRESETS = {
+    "paper": dict(loss="ce", lesson="pseudo", student_start="random", feedback="scalar"),
+    "strong": dict(loss="dice+ce", lesson="both", student_start="pretrained", feedback="scalar"),
+}
+LOSSES = {"ce": dict(dice=0.0, ce=1.0), "dice": dict(dice=1.0, ce=0.0), "dice+ce": dict(dice=0.5, ce=0.5)}
+
+
+# ---- the network --------------------------------------------------------------------------------------------------
+
+class VNet(nn.Module):
+    """The V-Net of this literature (Milletari et al. 2016 in the form of UA-MT, Yu et al. 2019): 3x3x3 convolutions
+    with BatchNorm, strided convolutions between the levels, skips that are added.
+
+    (B, channels, D, H, W) to logits (B, classes, D, H, W), every side a multiple of 2 ** depth. One channel, two
+    classes, 16 filters and depth 4 are 9,448,866 parameters."""
+
+    CONVS = (1, 2, 3, 3, 3)  # convolutions a level, from the full resolution down; deeper levels have 3
+
+    def __init__(self, channels: int, classes: int, filters: int = 16, depth: int = 4, dropout: bool = False):
+        super().__init__()
+        convs = (self.CONVS + (3,) * depth)[: depth + 1]
+        width = [filters * 2**level for level in range(depth + 1)]
+
+        def block(n: int, before: int, after: int) -> nn.Sequential:
+            ins = [before] + [after] * (n - 1)
+            return nn.Sequential(*(unit(nn.Conv3d(i, after, 3, padding=1)) for i in ins))
+
+        def unit(conv: nn.Module) -> nn.Sequential:
+            return nn.Sequential(conv, nn.BatchNorm3d(conv.out_channels), nn.ReLU(inplace=True))
+
+        pairs = list(itertools.pairwise(width))
+        self.encoder = nn.ModuleList(map(block, convs, [channels] + width[1:], width))
+        self.down = nn.ModuleList(unit(nn.Conv3d(fine, coarse, 2, stride=2)) for fine, coarse in pairs)
+        self.up = nn.ModuleList(unit(nn.ConvTranspose3d(coarse, fine, 2, stride=2)) for fine, coarse in pairs)
+        self.decoder = nn.ModuleList(map(block, convs[:-1], width[:-1], width[:-1]))
+        self.dropout = nn.Dropout3d(0.5) if dropout else nn.Identity()
+        self.head = nn.Conv3d(filters, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for block, down in zip(self.encoder[:-1], self.down, strict=True):
+            skips.append(block(x))
+            x = down(skips[-1])
+        x = self.dropout(self.encoder[-1](x))
+        for block, up, skip in zip(reversed(self.decoder), reversed(self.up), reversed(skips), strict=True):
+            x = block(up(x) + skip)
+        return self.head(self.dropout(x))
+
+
+# ---- the step -----------------------------------------------------------------------------------------------------
+
+def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, cfg: Config) -> dict[str, Tensor]:
+    """One iteration of reciprocal learning: networks and optimizers of (teacher, student), updated in place.
+
+    batch: x_l (B_l, C, D, H, W), y_l (B_l, D, H, W); x_u (B_u, C, D, H, W); for `--lesson both` x_s and y_s, other
+    labeled patches for the student, so that the exam on x_l is never about what it has just been shown.
+    Returns scalars that stay on the device. The feedback is Meta Pseudo Labels' eq. 12 (arXiv 2003.10580):
+
+        h = lr * <g_u, g_l>,    theta_T <- step(grad of [ L(T(x_l), y_l) + h * CE(T(x_u), pseudo_label) ])
+
+    To first order h is the fall of the exam loss that the lesson caused: where the lesson helped (h > 0) the teacher
+    is sharpened toward its pseudo label, where it did harm (h < 0) it is pushed away. The identity holds for pseudo
+    labels sampled from the teacher; argmax, as in the paper, is biased (tests/test_reciprocal.py shows both)."""
+    (teacher, student), (t_optimizer, s_optimizer) = nets, optimizers
+    s_weights, lr = list(student.parameters()), s_optimizer.param_groups[0]["lr"]
+
+    def loss(logits: Tensor, label: Tensor) -> Tensor:
+        return dice_ce(logits, label, **LOSSES[cfg.loss])
+
+    t_logits_u = teacher(batch["x_u"])  # (B_u, classes, D, H, W), graph kept for the feedback
+    pseudo_label = t_logits_u.detach().argmax(1).to(torch.uint8)  # (B_u, D, H, W)
+    if cfg.feedback == "difference":
+        with torch.no_grad(), frozen_statistics(student):
+            loss_before = loss(student(batch["x_l"]), batch["y_l"])
+
+    # 1. The lesson: the student sees only the pseudo label (and, with `--lesson both`, labeled patches of its own).
+    loss_u = loss(student(batch["x_u"]), pseudo_label)
+    lesson = g_u = torch.autograd.grad(loss_u, s_weights)
+    if cfg.lesson == "both":
+        g_s = torch.autograd.grad(loss(student(batch["x_s"]), batch["y_s"]), s_weights)
+        lesson = [u + s for u, s in zip(g_u, g_s, strict=True)]
+    descend(s_optimizer, s_weights, lesson)
+
+    # 2. The exam: the updated student on true labels. A gradient only: nothing is learned from it.
+    exam_grad = contextlib.nullcontext() if cfg.feedback == "scalar" else torch.no_grad()
+    if cfg.feedback != "off":
+        with exam_grad, frozen_statistics(student):
+            loss_exam = loss(student(batch["x_l"]), batch["y_l"])
+
+    # 3. The feedback h. The labeled part of the lesson owes nothing to the pseudo label, so it is not credited.
+    if cfg.feedback == "scalar":
+        g_l = torch.autograd.grad(loss_exam, s_weights)
+        feedback = lr * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
+    elif cfg.feedback == "difference":
+        feedback = loss_before - loss_exam
+    else:
+        feedback = loss_exam = torch.zeros((), device=loss_u.device)
+
+    # 4. The teacher: the labels and the feedback. Its gradient is linear in both, so one backward serves them.
+    loss_l = loss(teacher(batch["x_l"]), batch["y_l"])
+    loss_t = loss_l
+    if cfg.feedback != "off":
+        loss_t = loss_l + dice_ce(t_logits_u, pseudo_label, **LOSSES["ce"], scale=feedback)
+    t_weights = list(teacher.parameters())
+    descend(t_optimizer, t_weights, torch.autograd.grad(loss_t, t_weights))
+    scalars = dict(loss_l=loss_l, loss_u=loss_u, loss_exam=loss_exam, feedback=feedback)
+    return {name: value.detach() for name, value in scalars.items()}
+
+
+def supervised_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, cfg: Config) -> dict[str, Tensor]:
+    """One network on labeled patches alone: pre-training, the lower bound, and with all labels the upper bound."""
+    (net,), (optimizer,) = nets, optimizers
+    loss_l = dice_ce(net(batch["x_l"]), batch["y_l"], **LOSSES[cfg.supervised_loss])
+    weights = list(net.parameters())
+    descend(optimizer, weights, torch.autograd.grad(loss_l, weights))
+    return {"loss_l": loss_l.detach()}
+
+
+def descend(optimizer: Optimizer, weights: list[Tensor], gradients) -> None:
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextlib.contextmanager
+def frozen_statistics(net: nn.Module):
+    """Batch statistics normalize as in training, but leave no trace in the running ones: an exam teaches nothing."""
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm3d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    yield
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+# ---- inference ----------------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, keep_on=None) -> Tensor:
+    """Sliding windows, softmax averaged: image (C, D, H, W) to class probabilities (classes, D, H, W) float32.
+
+    A volume smaller than the patch is padded. The sums stay on the image's device and fall back to the host when
+    that runs out of memory (`keep_on`). `net` is used as it is: call net.eval() first."""
+    padded = data.pad(image, patch)
+    sizes = list(zip(padded.shape[1:], patch, stride, strict=True))
+    starts = [sorted({min(start, size - p) for start in range(0, size - p + s, s)}) for size, p, s in sizes]
+    boxes = [(..., *(slice(a, a + p) for a, p in zip(corner, patch, strict=True)))
+             for corner in itertools.product(*starts)]
+    keep_on = keep_on or image.device
+    total, visits = None, torch.zeros(padded.shape[1:], device=keep_on)
+    try:
+        for some in (boxes[i : i + windows] for i in range(0, len(boxes), windows)):
+            x = torch.stack([padded[box] for box in some])  # (windows, C, *patch)
+            probs = net(x.contiguous(memory_format=torch.channels_last_3d)).float().softmax(1).to(keep_on)
+            if total is None:
+                total = torch.zeros(probs.shape[1], *padded.shape[1:], device=keep_on)
+            for box, prob in zip(some, probs, strict=True):
+                total[box] += prob
+                visits[box] += 1
+    except torch.OutOfMemoryError:
+        if torch.device(keep_on).type == "cpu":
+            raise
+        total = None  # frees the device's share before the second try
+        return segment(net, image, patch, stride, windows, keep_on="cpu")
+    low = [(have - want) // 2 for have, want in zip(total.shape[1:], image.shape[1:], strict=True)]
+    return (total / visits)[(..., *(slice(a, a + n) for a, n in zip(low, image.shape[1:], strict=True)))]
+
+
+def predict_label(net: nn.Module, image: Tensor, cfg: Config, stride=None) -> Tensor:
+    """The predicted classes (D, H, W) uint8 of one image (C, D, H, W), on its device."""
+    with autocast(cfg, image.device):
+        probs = segment(net, image, cfg.patch, stride or cfg.stride, cfg.windows)
+    label = probs.argmax(0).to(image.device, torch.uint8)
+    for value in range(1, len(probs)) if cfg.largest_component else ():
+        parts, n = ndimage.label((label == value).cpu().numpy())
+        if n > 1:
+            parts = torch.from_numpy(parts).to(label.device)
+            label[(parts > 0) & (parts != 1 + parts.flatten().bincount()[1:].argmax())] = 0
+    return label
+
+
+def autocast(cfg: Config, device: torch.device):
+    """Autocast to bf16 where asked for; by default on CUDA, never on a CPU, where it is slower than float32."""
+    bf16 = cfg.amp == "bf16" or (cfg.amp == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Stage:
+    """Some iterations of one step function, on the networks it takes, in its order."""
+
+    name: str
+    step: Callable
+    nets: tuple[str, ...]
+    iterations: int
+
+
+def stages(cfg: Config) -> list[Stage]:
+    """What a run does. `supervised` takes as many iterations as the reciprocal run of the same Config in all, so
+    that a lower bound is never short of training."""
+    if cfg.method == "supervised":
+        total = sum(stage.iterations for stage in stages(replace(cfg, method="reciprocal")))
+        return [Stage("supervised", supervised_step, ("student",), total)]
+    todo = [Stage("reciprocal", reciprocal_step, ("teacher", "student"), cfg.iterations)]
+    if cfg.student_start == "pretrained" and not cfg.student_from:
+        todo.insert(0, Stage("pre-training of the student", supervised_step, ("student",), cfg.pretrain))
+    if not cfg.teacher_from:
+        todo.insert(0, Stage("pre-training of the teacher", supervised_step, ("teacher",), cfg.pretrain))
+    return todo
+
+
+def reseed(*numbers: int) -> None:
+    """Weights and dropout follow from these numbers alone: nothing random has to be saved."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def networks(cfg: Config, dataset: data.Dataset, device: torch.device) -> dict[str, VNet]:
+    names = ("student",) if cfg.method == "supervised" else ("student", "teacher")
+    nets = {}
+    for number, name in enumerate(names):
+        reseed(cfg.seed, number)
+        net = VNet(dataset.channels, len(dataset.classes), cfg.filters, cfg.depth, cfg.dropout)
+        source = {"student": cfg.student_from, "teacher": cfg.teacher_from}[name]
+        if source:
+            load_weights(net, report.load_checkpoint(source), "student", source)
+        nets[name] = net.to(device, memory_format=torch.channels_last_3d)
+    return nets
+
+
+def load_weights(net: VNet, saved: dict, name: str, source) -> None:
+    try:
+        net.load_state_dict(saved["nets"][name])
+    except KeyError:
+        raise BadInput(f"{source}: holds no {name}, only {', '.join(saved['nets'])}") from None
+    except RuntimeError:
+        raise BadInput(f"{source}: weights of another network; channels, classes, filters and depth differ") from None
+
+
+def make_batch(cfg: Config, dataset: data.Dataset, stage: int, iteration: int, supervised: bool, device) -> dict:
+    """The patches of one step; they depend on the seed, the stage and the iteration alone."""
+
+    def patches(cases: list[data.Case], n: int, role: int, labeled: bool = True):
+        image, label = data.draw(cases, n, cfg.patch, seed=cfg.seed, stream=3 * stage + role, iteration=iteration,
+                                 augment=cfg.augment, noise=cfg.noise, labeled=labeled, device=device)
+        return image.contiguous(memory_format=torch.channels_last_3d), label
+
+    x_l, y_l = patches(dataset.labeled, cfg.batch_l + supervised * cfg.batch_u, 0)
+    batch = dict(x_l=x_l, y_l=y_l)
+    if not supervised:
+        batch["x_u"], _ = patches(dataset.unlabeled, cfg.batch_u, 1, labeled=False)
+        if cfg.lesson == "both":
+            batch["x_s"], batch["y_s"] = patches(dataset.labeled, cfg.batch_l, 2)
+    return batch
+
+
+def save(path: Path, cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], **progress) -> None:
+    """Weights and all that `predict` and `--resume` need to know about them."""
+    content = dict(config=asdict(cfg), classes=dataset.classes, channels=dataset.channels)
+    weights = {name: net.state_dict() for name, net in nets.items()}
+    report.save_checkpoint(path, content | dict(nets=weights) | progress)
+
+
+def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
+    if cfg.schedule == "poly":
+        return cfg.lr * (1 - iteration / iterations) ** 0.9
+    return cfg.lr * 0.1 ** (iteration // cfg.lr_step)
+
+
+def make_optimizer(cfg: Config, net: nn.Module) -> Optimizer:
+    if cfg.optimizer == "adam":
+        return torch.optim.Adam(net.parameters(), lr=cfg.lr, weight_decay=1e-4)
+    return torch.optim.SGD(net.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=1e-4)
+
+
+def train(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path, saved: dict | None) -> None:
+    """All stages, from the checkpoint `saved` on; log.jsonl and checkpoint.pt grow in `run`."""
+    device = next(nets["student"].parameters()).device
+    for number, stage in enumerate(stages(cfg)):
+        start = 0
+        trained = [nets[name].train() for name in stage.nets]
+        optimizers = [make_optimizer(cfg, net) for net in trained]
+        if saved and number <= saved["stage"]:
+            if number < saved["stage"]:
+                continue
+            start = saved["iteration"]
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        pending = []  # what the steps returned and nobody has read yet: reading waits for the device
+        bar = tqdm(range(start, stage.iterations), stage.name, stage.iterations, initial=start, disable=quiet())
+        for iteration in bar:
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = learning_rate(cfg, iteration, stage.iterations)
+            reseed(cfg.seed, number, iteration)
+            batch = make_batch(cfg, dataset, number, iteration, stage.step is supervised_step, device)
+            with autocast(cfg, device):
+                pending.append(stage.step(trained, optimizers, batch, cfg))
+
+            done = iteration + 1
+            due = [every for every in ("log", "eval", "save")
+                   if done % getattr(cfg, every + "_every") == 0 or done == stage.iterations]
+            if not due:
+                continue
+            lines = read_scalars(cfg, stage, pending, done)
+            pending.clear()
+            if "eval" in due:
+                lines.append(dict(stage=stage.name, iteration=done, dice=curve_point(cfg, dataset, stage.nets, nets)))
+            with open(run / "log.jsonl", "a") as log:
+                log.writelines(json.dumps(line) + "\n" for line in lines)
+            text = report.progress(lines)
+            bar.set_postfix_str(text)
+            if quiet() and ("eval" in due or done % (cfg.log_every * 20) == 0):
+                print(f"{stage.name} {done}/{stage.iterations}  {text}", flush=True)
+            if "save" in due:
+                save(run / "checkpoint.pt", cfg, dataset, nets, stage=number, iteration=done,
+                     optimizers=[optimizer.state_dict() for optimizer in optimizers])
+
+
+def read_scalars(cfg: Config, stage: Stage, pending: list[dict[str, Tensor]], done: int) -> list[dict]:
+    """The lines of the log for the last iterations, in one read from the device; BadInput on NaN or infinity."""
+    lines = []
+    values = torch.stack([torch.stack(list(scalars.values())) for scalars in pending]).tolist()
+    for iteration, row in enumerate(values, done - len(values)):
+        line = dict(stage=stage.name, iteration=iteration + 1, lr=learning_rate(cfg, iteration, stage.iterations))
+        lines.append(line | dict(zip(pending[0], row, strict=True)))
+        for name, value in lines[-1].items():
+            if not isinstance(value, str) and not np.isfinite(value):
+                raise BadInput(f"{stage.name}, iteration {iteration + 1}: {name} is not finite; lower --lr (the last "
+                               "checkpoint is from before)")
+    return lines
+
+
+def quiet() -> bool:
+    """No progress bars where nobody watches them: plain lines instead."""
+    return not sys.stderr.isatty()
+
+
+# ---- the report ---------------------------------------------------------------------------------------------------
+
+def scored(dataset: data.Dataset) -> dict[str, list[data.Case]]:
+    """The cases with a label to be compared with. Transductive ones were trained on as images, without their label."""
+    return {"test": [case for case in dataset.test if case.label is not None],
+            "transductive": [case for case in dataset.unlabeled if case.label is not None]}
+
+
+def half(patch: tuple) -> tuple:
+    return tuple(p // 2 for p in patch)
+
+
+def curve_point(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], nets: dict[str, VNet]) -> dict[str, float]:
+    """Mean foreground Dice of each network on a few scored cases, with windows half overlapping. It is looked at
+    and never chosen by: the last checkpoint is the result."""
+    cases = (scored(dataset)["test"] or scored(dataset)["transductive"])[: cfg.eval_cases]
+    means = {}
+    for name in names if cases else ():
+        net, device, dice = nets[name].eval(), next(nets[name].parameters()).device, []
+        for case in (case.to(device) for case in cases):
+            label = predict_label(net, case.volume(), cfg, half(cfg.patch))
+            dice += [metrics.dice(label == value, case.label == value) for value in range(1, len(dataset.classes))]
+        means[name] = float(np.nanmean(dice))
+        net.train()
+    return means
+
+
+def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -> tuple[list[dict], list[tuple]]:
+    """Predict and score every case that training has not seen with its label, by student and teacher; the student's
+    predictions go to predictions/ (test) and transductive/. Rows of metrics, and the panels of the overlay.
+
+    Test cases take the stride of the Config, the many transductive ones windows that overlap by half."""
+    device, rows, panels = next(nets["student"].parameters()).device, [], []
+    plan = (("test", "predictions", dataset.test, cfg.stride),
+            ("transductive", "transductive", scored(dataset)["transductive"], half(cfg.patch)))
+    for name, folder, cases, stride in plan:
+        (run / folder).mkdir(exist_ok=True)
+        for case in tqdm(cases, f"{name} cases", disable=quiet()):
+            case = case.to(device)
+            spacing = case.spacing if cfg.spacing == "mm" else None
+            for network, net in nets.items() if case.label is not None else [("student", nets["student"])]:
+                label = predict_label(net.eval(), case.volume(), cfg, stride)
+                scores = []
+                if case.label is not None:
+                    scores = metrics.score_classes(label, case.label, dataset.classes, spacing)
+                    rows += [dict(set=name, network=network, case=case.name) | row for row in scores]
+                if network == "student":
+                    data.write_label(run / folder / f"{case.name}.nii.gz", label.cpu(), case.affine)
+                    dice = float(np.nanmean([row["dice"] for row in scores])) if scores else np.nan
+                    panels.append((name, dice, case.to("cpu"), label.cpu()))
+    return rows, panels
+
+
+# ---- the command line ---------------------------------------------------------------------------------------------
+
+# What may change when a run goes on: its length and where it runs, not what it computes.
+RESUMABLE = ("iterations", "device", "windows", "stride", "largest_component", "spacing", "log_every", "save_every")
+
+
+def add_fields(parser: Parser, *names: str) -> None:
+    """Fields of Config as flags. One that is not given stays out of the result: the recipe may set it."""
+    for field in dataclasses.fields(Config):
+        if field.name in names:
+            kind: dict = dict(type=type(field.default), choices=field.metadata["choices"])
+            if isinstance(field.default, bool):
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif isinstance(field.default, tuple):
+                kind = dict(type=type(field.default[0]), nargs=len(field.default), action=Tuple)
+            parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                                help=f"{field.metadata['help']} (default: {field.default})", **kind)
+
+
+class Tuple(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def train_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run")
+    add_fields(parser, *(field.name for field in dataclasses.fields(Config)))
+    return parser
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"--device {name}: not available here; `--device cpu` always is") from None
+    return device
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["predict"]:
+        return predict(arguments[1:])
+    flags = vars(train_parser().parse_args(arguments))
+    run, saved = flags.pop("resume"), None
+    if run:
+        if fixed := [name for name in flags if name not in RESUMABLE]:
+            raise BadInput(f"--{fixed[0].replace('_', '-')} cannot change in a resumed run; start a new one")
+        try:
+            config = json.loads((run / "config.json").read_text())
+            config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+            cfg = Config(**config | flags).check()
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInput(f"{run / 'config.json'}: not the config of a run ({error})") from None
+        saved = report.load_checkpoint(run / "checkpoint.pt") if (run / "checkpoint.pt").exists() else None
+    else:
+        recipe = data.RECIPES.get(flags.get("data", Config.data), data.RECIPES["folder"])
+        cfg = Config(**recipe | PRESETS[flags.get("preset", Config.preset)] | flags).check()
+    device = pick_device(cfg.device)
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    torch.backends.cudnn.benchmark = not cfg.deterministic
+
+    dataset = data.load(cfg.data, cfg.root, cfg.labeled, cfg.holdout, cfg.normalize, cfg.window)
+    blind = sum(case.label is None for case in dataset.test)
+    counts = (f"labeled {len(dataset.labeled)}, unlabeled {len(dataset.unlabeled)}, test {len(dataset.test)}"
+              + f" ({blind} of them without a label: predicted, not scored)" * bool(blind))
+    print(counts, flush=True)
+    if cfg.method != "supervised" and not dataset.unlabeled:
+        raise BadInput("no unlabeled case to learn from: lower --labeled, or choose --method supervised")
+    nets = networks(cfg, dataset, device)
+    if saved:
+        for name, net in nets.items():
+            load_weights(net, saved, name, run)
+    run = run or report.new_run(asdict(cfg))
+    data.write(run / "config.json", json.dumps(asdict(cfg), indent=1))
+    cases = {name: [case.name for case in getattr(dataset, name)] for name in ("labeled", "unlabeled", "test")}
+    data.write(run / "cases.json", json.dumps(cases, indent=1))
+    data.write(run / "environment.json", json.dumps(report.environment(device), indent=1))
+    report.rewind_log(run / "log.jsonl", [stage.name for stage in stages(cfg)], saved)
+
+    train(cfg, dataset, nets, run, saved)
+    save(run / "student.pt", cfg, dataset, {"student": nets["student"]})
+    report.conclude(asdict(cfg), counts, *test(cfg, dataset, nets, run), run)
+
+
+def predict(arguments: list[str]) -> None:
+    parser = Parser(prog="reciprocal.py predict", description="Segment NIfTI images with a trained network.")
+    parser.add_argument("-i", "--input", required=True, type=Path, help="a NIfTI file or a folder of them")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="folder of the predicted labels")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a run's folder, student.pt or checkpoint.pt")
+    parser.add_argument("--network", default="student", choices=("student", "teacher"), help="default: student")
+    add_fields(parser, "device", "amp", "stride", "windows", "largest_component")
+    flags = vars(parser.parse_args(arguments))
+    source, target, checkpoint, network = (flags.pop(n) for n in ("input", "output", "checkpoint", "network"))
+    saved = report.load_checkpoint(checkpoint)
+    cfg = Config(**saved["config"] | flags).check()
+    device = pick_device(cfg.device)
+    net = VNet(saved["channels"], len(saved["classes"]), cfg.filters, cfg.depth, cfg.dropout)
+    load_weights(net, saved, network, checkpoint)
+    net = net.to(device, memory_format=torch.channels_last_3d).eval()
+    images = data.find_images(source)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{target}: cannot be made ({error.strerror})") from None
+    failed = []
+    for name, paths in tqdm(images.items(), "predicting", disable=quiet()):
+        try:
+            case = data.read_case(name, paths, None, saved["classes"], cfg.normalize, cfg.window)
+            if len(case.image) != saved["channels"]:
+                raise BadInput(f"{paths[0]}: {len(case.image)} channels, the network takes {saved['channels']}")
+            label = predict_label(net, case.to(device).volume(), cfg)
+            data.write_label(target / f"{name}.nii.gz", label.cpu(), case.affine)
+        except BadInput as error:
+            failed.append(str(error))
+    print(f"{len(images) - len(failed)} of {len(images)} images predicted into {target}")
+    if failed:
+        raise BadInput(f"{len(failed)} failed: " + "; ".join(failed))
+
+
+def cli(arguments: list[str]) -> int:
+    """The program's exit status; the user's mistakes are one line on stderr."""
+    try:
+        main(arguments)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv[1:]))

@@ -1,0 +1,215 @@
+"""A run's folder: its checkpoints and log, the pictures and the rows beside its own in the final table."""
+
+import hashlib
+import io
+import itertools
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import metrics
+from data import BadInput
+
+
+def new_run(config: dict) -> Path:
+    """The folder of --out, which must not exist, or a new one in runs/."""
+    name = f"{Path(config['data']).resolve().name}-{config['method']}-{config['labeled']:g}-seed{config['seed']}"
+    numbered = (Path("runs", name + suffix) for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
+    run = Path(config["out"]) if config["out"] else next(path for path in numbered if not path.exists())
+    try:
+        run.mkdir(parents=True)
+    except FileExistsError:
+        raise BadInput(f"--out {run}: exists; --resume {run} goes on with it, or choose another folder") from None
+    except OSError as error:
+        raise BadInput(f"--out {run}: cannot be made ({error.strerror})") from None
+    return run
+
+
+def environment(device: torch.device) -> dict:
+    """What a number depends on besides the config: versions, hardware, commit, command."""
+    here, commit = Path(__file__).parent, ""
+    if shutil.which("git") and (here / ".git").exists():
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(describe, cwd=here, text=True, capture_output=True, check=False).stdout.strip()
+    return dict(commit=commit, command=" ".join(sys.argv), python=platform.python_version(), torch=torch.__version__,
+                numpy=np.__version__, platform=platform.platform(), threads=torch.get_num_threads(),
+                device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """A file of torch.save whose SHA-256 rides along as the zip archive's comment: torch.load takes it as any other,
+    and `load_checkpoint` sees a flipped byte, which torch.load does not."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    archive = buffer.getvalue()
+    digest = hashlib.sha256(archive).hexdigest().encode()
+    data.write(path, archive[:-2] + len(digest).to_bytes(2, "little") + digest)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """What `save_checkpoint` wrote; of a run's folder its checkpoint.pt, else its student.pt."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / ("checkpoint.pt" if (path / "checkpoint.pt").exists() else "student.pt")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: no checkpoint to read there ({error.strerror})") from None
+    archive, digest = content[:-66] + b"\0\0", content[-64:]
+    if content[-66:-64] != b"\x40\0" or hashlib.sha256(archive).hexdigest().encode() != digest:
+        raise BadInput(f"{path}: damaged, or not a checkpoint of this program; take another one")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def rewind_log(path: Path, stages: list[str], saved: dict | None) -> None:
+    """Drop what was logged after the checkpoint `saved`: it will be done, and logged, again."""
+    reached = (saved["stage"], saved["iteration"]) if saved else (0, 0)
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        if line.endswith("\n"):  # the last one may be torn
+            entry = json.loads(line)
+            if (stages.index(entry["stage"]), entry["iteration"]) <= reached:
+                kept.append(line)
+    data.write(path, "".join(kept))
+
+
+def progress(lines: list[dict]) -> str:
+    """The last losses, the feedback and the Dice among these lines of the log, for the progress bar."""
+    last = {name: value for line in lines for name, value in line.items() if name not in ("stage", "iteration", "lr")}
+    dice = "".join(f"  Dice {name} {100 * value:.1f}" for name, value in last.pop("dice", {}).items())
+    return "  ".join(f"{k} {v:.1e}" if k == "feedback" else f"{k} {v:.3f}" for k, v in last.items()) + dice
+
+
+def title(config: dict) -> str:
+    preset = f" ({config['preset']})" if config["method"] == "reciprocal" else ""
+    synthetic = ", synthetic data" * (config["data"] == "phantom")
+    return f"{Path(config['data']).name} {config['method']}{preset}, seed {config['seed']}{synthetic}"
+
+
+def lower_bounds(config: dict, run: Path) -> list[dict]:
+    """Summaries of the supervised runs beside this one, on the same cases for as many iterations."""
+    same = ("data", "root", "labeled", "holdout", "seed", "filters", "depth", "patch", "iterations", "pretrain")
+    rows = []
+    for path in sorted(run.parent.glob("*/summary.json")) if config["method"] != "supervised" else ():
+        other = json.loads(path.read_text())
+        known = other["config"]
+        if known["method"] == "supervised" and all(known[n] == json.loads(json.dumps(config[n])) for n in same):
+            rows += [row | dict(network=f"lower bound ({path.parent.name})") for row in other["scores"]]
+    return rows
+
+
+def read_log(path: Path) -> list[tuple[str, list[dict]]]:
+    """The lines of log.jsonl, stage by stage."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(stage, list(group)) for stage, group in itertools.groupby(lines, lambda line: line["stage"])]
+
+
+def conclude(config: dict, counts: str, rows: list[dict], panels: list[tuple], run: Path) -> None:
+    """metrics.csv, summary.json, the pictures and the final table of a run."""
+    scores = metrics.summarize(rows)
+    summary = dict(config=config, counts=counts, synthetic=config["data"] == "phantom", scores=scores)
+    data.write(run / "summary.json", json.dumps(summary, indent=1))
+    data.write(run / "curves.png", curves(run / "log.jsonl", title(config)))
+    data.write(run / "overlay.png", overlay(panels, title(config)))
+    print(f"\n{title(config)}: {counts}")
+    if scores:
+        metrics.write_csv(run / "metrics.csv", rows)
+        print(metrics.table(scores + lower_bounds(config, run), config["spacing"]))
+    else:
+        print("No case with a label to score: predictions only.")
+    print(f"\n{run}: predictions/, metrics.csv, curves.png, overlay.png, student.pt")
+
+
+def curves(log: Path, title: str) -> bytes:
+    """A PNG of the losses, the feedback h and the Dice of a few scored cases, over all stages of a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (losses, feedback, dice) = plt.subplots(3, 1, figsize=(9, 8), sharex=True, constrained_layout=True)
+    begin, colors, dice_curves = 0, {}, {}
+    for stage, lines in read_log(log):
+        steps = [line for line in lines if "dice" not in line]
+        x = begin + np.array([line["iteration"] for line in steps])
+        for name in [key for key in steps[0] if key.startswith("loss")]:
+            y = np.array([line[name] for line in steps])
+            color = colors.setdefault(name, f"C{len(colors)}")
+            width = max(1, len(y) // 50)
+            losses.plot(x, y, color=color, alpha=0.2, lw=0.5)
+            losses.plot(x[width - 1 :], np.convolve(y, np.ones(width) / width, "valid"), color=color, label=name)
+        if "feedback" in steps[0]:
+            feedback.plot(x, [line["feedback"] for line in steps], "k.", ms=2)
+            feedback.set_ylim(np.array([-1.1, 1.1]) * np.percentile([abs(line["feedback"]) for line in steps], 99))
+        for line in lines:
+            for name, value in line.get("dice", {}).items():
+                dice_curves.setdefault((name, stage), []).append((begin + line["iteration"], 100 * value))
+        for axis in (losses, feedback, dice):
+            axis.axvline(begin, color="0.8", lw=0.8)
+        losses.annotate(stage, (begin, 1.01), xycoords=("data", "axes fraction"), fontsize=8)
+        begin = x[-1]
+    for (name, _), points in dice_curves.items():
+        dice.plot(*zip(*points, strict=True), ".-", color={"student": "C0", "teacher": "C1"}[name], label=name)
+    losses.set(ylabel="loss")
+    feedback.set(ylabel="feedback h")
+    feedback.axhline(0, color="0.8", lw=0.8)
+    dice.set(ylabel="Dice % of scored cases", xlabel="iteration")
+    for axis in (losses, dice):
+        handles = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+        if handles:
+            axis.legend(handles.values(), handles.keys(), fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return png(figure)
+
+
+def overlay(panels: list[tuple], title: str) -> bytes:
+    """A PNG of the worst, the median and the best case, or of the first three where none is scored: cases in rows
+    and the three planes in columns, each where the label is largest. A panel is (set, Dice or NaN, case, prediction
+    (D, H, W)); the label's contours are solid, the prediction's dashed, a color for each class."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    known = [panel for panel in panels if panel[1] == panel[1]]
+    if known:  # the test cases if any of them has a label
+        known = sorted((panel for panel in known if panel[0] == known[0][0]), key=lambda panel: panel[1])
+        panels = [known[i] for i in sorted({0, len(known) // 2, len(known) - 1})]
+    figure, axes = plt.subplots(len(panels[:3]), 3, figsize=(9, 3.1 * len(panels[:3])), squeeze=False,
+                                constrained_layout=True)
+    for row, (name, dice, case, prediction) in zip(axes, panels[:3], strict=True):
+        image, prediction = case.volume()[0].numpy(), prediction.numpy()
+        masks = [prediction] if case.label is None else [case.label.numpy(), prediction]
+        shown = masks[0] if masks[0].any() else prediction
+        low, high = np.percentile(image, (1, 99))
+        text = f"{case.name}, {name}" + (f", Dice {100 * dice:.1f}\n" if dice == dice else ", no label\n")
+        for plane, axis in enumerate(row):
+            others = tuple(i for i in range(3) if i != plane)
+            index = int((shown > 0).sum(others).argmax()) if shown.any() else image.shape[plane] // 2
+            axis.imshow(image.take(index, plane).T, cmap="gray", vmin=low, vmax=high, origin="lower",
+                        aspect=case.spacing[others[1]] / case.spacing[others[0]])
+            for mask, style in zip(masks[::-1], ("dashed", "solid"), strict=False):
+                cut = mask.take(index, plane).T
+                for value in np.unique(cut[cut > 0]):
+                    axis.contour(cut == value, [0.5], colors=[plt.cm.tab10.colors[int(value) % 10]], linestyles=style,
+                                 linewidths=1.2)
+            axis.set_axis_off()
+            axis.set_title(f"{text * (plane == 0)}axis {plane}, slice {index}", fontsize=8, loc="left")
+    figure.suptitle(f"{title}\nlabel solid, prediction dashed", fontsize=10)
+    return png(figure)
+
+
+def png(figure) -> bytes:
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,95 @@
+"""Compiles Triton kernels for sm_90 without a GPU and reads their machine code: no register may spill.
+
+TRITON_INTERPRET holds for a whole process (even Triton's own library is interpreted then), so the compiler
+runs in a child.
+
+    from aot import Job, assert_no_spills
+    assert_no_spills("kernels.dice", [Job("_kernel", {"x": "*fp32", "n": "i64", "BLOCK": "constexpr"},
+                                          {"BLOCK": 1024}, num_warps=4)])
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Job:
+    kernel: str  # the name of a @triton.jit function in the module
+    # every argument in order: "*fp32", "*u8", "i32", "i64", "fp32", "constexpr"; pointers are taken as aligned,
+    # "i64:16" is an integer known to be a multiple of 16 (the launcher looks)
+    signature: dict[str, str]
+    constexprs: dict[str, int | None]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def assert_no_spills(module: str, jobs: list[Job]) -> list[dict]:
+    """A dict a job: "spills" (instructions on local memory, all 0), "registers" a thread, "loads" from global
+    memory by kind. Skips the test where Triton or a disassembler is missing."""
+    disassembler()
+    child = subprocess.run(
+        [sys.executable, __file__, module],
+        input=json.dumps([asdict(job) for job in jobs]),
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr[-4000:]
+    results = json.loads(child.stdout)
+    spilled = [pair for pair in zip(jobs, results, strict=True) if pair[1]["spills"]]
+    assert not spilled, spilled
+    return results
+
+
+def disassembler() -> str:
+    triton = pytest.importorskip("triton")
+    for folder in (Path(triton.__file__).parent / "backends/nvidia/bin", Path("/usr/local/cuda/bin")):
+        if (folder / "nvdisasm").exists():
+            return str(folder / "nvdisasm")
+    pytest.skip("no nvdisasm to read the machine code with")
+
+
+def measure(fn, job: Job) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kinds = job.signature.items()
+    aligned = [i for i, (_, kind) in enumerate(kinds) if kind[0] == "*" or kind.endswith(":16")]
+    source = ASTSource(
+        fn,
+        {name: kind.removesuffix(":16") for name, kind in kinds},
+        job.constexprs,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [disassembler(), "-c", cubin.name]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "registers": 1 + max(int(n) for n in re.findall(r"\bR(\d+)\b", sass)),
+        "loads": Counter(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*", sass)),
+    }
+
+
+if __name__ == "__main__":
+    kernels = importlib.import_module(sys.argv[1])
+    jobs = [Job(**job) for job in json.load(sys.stdin)]
+    print(json.dumps([measure(getattr(kernels, job.kernel), job) for job in jobs]))

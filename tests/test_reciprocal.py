@@ -1,0 +1,482 @@
+"""The method's claims: the feedback is the meta-gradient, one backward is two, the window equals a plain loop."""
+
+import copy
+import itertools
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import kernels.dice
+import reciprocal
+import report
+from reciprocal import Config, VNet, frozen_statistics, reciprocal_step, segment, stages, supervised_step
+
+TINY = shlex.split("--patch 16 16 16 --stride 8 8 8 --filters 2 --depth 2 --batch-l 1 --batch-u 1 --iterations 4 "
+                   "--pretrain 2 --log-every 1 --eval-every 2 --eval-cases 1 --save-every 2 --device cpu")
+PAPER = replace(Config(), **reciprocal.PRESETS["paper"])
+
+
+@pytest.fixture(autouse=True)
+def loss_without_interpreter(monkeypatch):
+    """These tests are about the step; Triton's interpreter would only make its loss slow."""
+    monkeypatch.setattr(kernels.dice, "INTERPRETED", False)
+
+
+def cli(*arguments) -> int:
+    return reciprocal.cli([str(argument) for argument in arguments])
+
+
+# ---- the network
+
+
+def test_vnet_has_the_parameters_of_the_literature():
+    assert sum(p.numel() for p in VNet(1, 2).parameters()) == 9_448_866
+
+
+@pytest.mark.parametrize("channels,classes,depth,patch",
+                         [(1, 2, 4, (16, 16, 32)), (3, 5, 3, (8, 16, 24)), (2, 3, 0, (5, 6, 7))])
+def test_vnet_takes_any_channels_classes_and_depth(channels, classes, depth, patch):
+    net = VNet(channels, classes, filters=2, depth=depth, dropout=True)
+    assert net(torch.randn(2, channels, *patch)).shape == (2, classes, *patch)
+
+
+# ---- the step
+
+
+def toy(seed=0, voxels=3):
+    """Three voxels, two classes, float64: every pseudo label can be enumerated."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def net():
+        module = nn.Sequential(nn.Conv3d(1, 3, 1), nn.Tanh(), nn.Conv3d(3, 2, 1)).double()
+        for p in module.parameters():
+            p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        return module
+
+    x_l, x_u = (torch.randn(1, 1, 1, 1, voxels, generator=generator, dtype=torch.float64) for _ in range(2))
+    y_l = torch.randint(2, (1, 1, 1, voxels), generator=generator)
+    return net(), net(), dict(x_l=x_l, y_l=y_l, x_u=x_u)
+
+
+class Says(nn.Module):
+    """A teacher whose pseudo label is given."""
+
+    def __init__(self, pseudo_label):
+        super().__init__()
+        self.logits = nn.Parameter(F.one_hot(pseudo_label, 2).movedim(-1, 1).double())
+
+    def forward(self, x):
+        return self.logits
+
+
+def feedback_of(student, batch, pseudo_label, lr, feedback):
+    student, teacher = copy.deepcopy(student), Says(pseudo_label)
+    optimizers = [torch.optim.SGD(teacher.parameters(), lr=0.0), torch.optim.SGD(student.parameters(), lr=lr)]
+    cfg = replace(PAPER, feedback=feedback)
+    return reciprocal_step([teacher, student], optimizers, batch, cfg)["feedback"]
+
+
+def expected_update(teacher, student, batch, lr, feedback):
+    """(true meta-gradient, E[h * grad CE] over all pseudo labels), as flat vectors."""
+    weights = list(teacher.parameters())
+    log_probs = teacher(batch["x_u"]).log_softmax(1)  # (1, 2, 1, 1, V)
+    objective, update = 0, 0
+    for voxels in itertools.product((0, 1), repeat=batch["x_u"].numel()):
+        pseudo_label = torch.tensor(voxels).view(1, 1, 1, -1)
+        log_p = log_probs.gather(1, pseudo_label[:, None]).sum()  # log P(pseudo_label) = -V * CE
+        lesson = F.cross_entropy(student(batch["x_u"]), pseudo_label)
+        gradients = torch.autograd.grad(lesson, list(student.parameters()))
+        after = copy.deepcopy(student)
+        for p, g in zip(after.parameters(), gradients, strict=True):
+            p.data -= lr * g
+        objective = objective + log_p.exp() * F.cross_entropy(after(batch["x_l"]), batch["y_l"]).detach()
+        h = feedback_of(student, batch, pseudo_label, lr, feedback)
+        update = update + log_p.exp().detach() * h * -log_p
+    flat = lambda loss: torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])  # noqa: E731
+    return flat(objective), flat(update)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_expected_feedback_is_the_meta_gradient(seed):
+    """E over sampled pseudo labels of h * grad CE is the gradient of the expected exam loss, to first order in lr:
+    cosine 1 with the sign pinned, and an error that shrinks tenfold a decade."""
+    teacher, student, batch = toy(seed)
+    errors = []
+    for lr in (1e-2, 1e-3, 1e-4):
+        true, update = expected_update(teacher, student, batch, lr, "scalar")
+        errors.append(((update - true).norm() / true.norm()).item())
+    assert F.cosine_similarity(true, update, 0) > 0.9999
+    assert 8 < errors[1] / errors[2] < 12
+
+
+def test_measured_fall_of_the_exam_loss_is_the_exact_meta_gradient():
+    true, update = expected_update(*toy(1), lr=0.1, feedback="difference")
+    torch.testing.assert_close(update, true, rtol=1e-9, atol=1e-12)
+
+
+def test_argmax_is_biased():
+    """Why the identity is for sampled pseudo labels: the argmax alone points elsewhere."""
+    teacher, student, batch = toy(0)
+    true, _ = expected_update(teacher, student, batch, 1e-2, "scalar")
+    logits = teacher(batch["x_u"])
+    h = feedback_of(student, batch, logits.argmax(1), 1e-2, "scalar")
+    gradients = torch.autograd.grad(h * F.cross_entropy(logits, logits.argmax(1)), list(teacher.parameters()))
+    assert F.cosine_similarity(true, torch.cat([g.flatten() for g in gradients]), 0) < 0.99
+
+
+def test_sign_of_the_feedback():
+    """One voxel is lesson and exam: the gradients of its two labels are opposite, the true one helps."""
+    _, student, batch = toy(voxels=1)
+    batch = dict(batch, x_u=batch["x_l"])
+    for feedback in ("scalar", "difference"):
+        assert feedback_of(student, batch, batch["y_l"], 1e-2, feedback) > 0
+        assert feedback_of(student, batch, 1 - batch["y_l"], 1e-2, feedback) < 0
+
+
+def networks_and_batch(dropout=False):
+    torch.manual_seed(0)
+    nets = [VNet(1, 3, filters=2, depth=1, dropout=dropout).train() for _ in range(2)]
+    batch = {name: torch.randn(2, 1, 4, 6, 8) for name in ("x_l", "x_u", "x_s")}
+    return nets, batch | {name: torch.randint(3, (2, 4, 6, 8)) for name in ("y_l", "y_s")}
+
+
+@pytest.mark.parametrize("preset", ["paper", "strong"])
+def test_step_equals_the_formulas_written_out(preset):
+    """One summed backward equals two, and autograd.grad equals backward passes with copies, as in the authors' form:
+    both networks after one step of momentum SGD with weight decay."""
+    cfg = replace(Config(), **reciprocal.PRESETS[preset])
+    (teacher, student), batch = networks_and_batch()
+    slow_t, slow_s = copy.deepcopy(teacher), copy.deepcopy(student)
+    optimizers = [reciprocal.make_optimizer(cfg, net) for net in (teacher, student)]
+    scalars = reciprocal_step([teacher, student], optimizers, batch, cfg)
+
+    def loss(logits, label):
+        return kernels.dice.reference(logits, label, **reciprocal.LOSSES[cfg.loss])
+
+    def gradients(net, *losses):
+        total = [torch.zeros_like(p) for p in net.parameters()]
+        for value in losses:
+            net.zero_grad()
+            value.backward(retain_graph=True)
+            total = [t + p.grad.clone() for t, p in zip(total, net.parameters(), strict=True)]
+        return total
+
+    def step(net, grads):
+        optimizer = reciprocal.make_optimizer(cfg, net)
+        for p, g in zip(net.parameters(), grads, strict=True):
+            p.grad = g
+        optimizer.step()
+
+    t_logits_u = slow_t(batch["x_u"])
+    pseudo_label = t_logits_u.argmax(1)
+    g_u = gradients(slow_s, loss(slow_s(batch["x_u"]), pseudo_label))
+    g_s = gradients(slow_s, loss(slow_s(batch["x_s"]), batch["y_s"])) if cfg.lesson == "both" else g_u
+    step(slow_s, [u + s for u, s in zip(g_u, g_s, strict=True)] if cfg.lesson == "both" else g_u)
+    g_l = gradients(slow_s, loss(slow_s(batch["x_l"]), batch["y_l"]))
+    h = cfg.lr * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
+    step(slow_t, gradients(slow_t, loss(slow_t(batch["x_l"]), batch["y_l"]),
+                           h.detach() * F.cross_entropy(t_logits_u, pseudo_label)))
+    torch.testing.assert_close(scalars["feedback"], h, rtol=1e-4, atol=1e-9)
+    for fast, slow in ((teacher, slow_t), (student, slow_s)):
+        for p, q in zip(fast.parameters(), slow.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_feedback_reaches_the_teacher_and_off_does_not():
+    after = []
+    for feedback in ("scalar", "off"):
+        nets, batch = networks_and_batch()
+        cfg = replace(Config(), lr=1.0, feedback=feedback)
+        optimizers = [reciprocal.make_optimizer(cfg, net) for net in nets]
+        scalars = reciprocal_step(nets, optimizers, batch, cfg)
+        after.append(nets[0].head.weight.detach().clone())
+        assert (scalars["feedback"] != 0) == (feedback == "scalar")
+    assert not torch.equal(*after)
+
+
+def test_exam_leaves_no_trace_in_the_running_statistics():
+    net = VNet(1, 2, filters=2, depth=1).train()
+    before = {name: buffer.clone() for name, buffer in net.named_buffers() if "running" in name}
+    with frozen_statistics(net):
+        net(torch.randn(2, 1, 4, 4, 4))
+    after = dict(net.named_buffers())
+    assert all(torch.equal(buffer, after[name]) for name, buffer in before.items())
+    net(torch.randn(2, 1, 4, 4, 4))
+    assert not any(torch.equal(buffer, after[name]) for name, buffer in before.items())
+
+
+def test_step_never_waits_for_the_device(monkeypatch):
+    """Host synchronizations are Tensor.item, tolist, cpu and truth values: the step has none."""
+
+    def forbidden(*_, **__):
+        raise AssertionError("the step read a value from the device")
+
+    nets, batch = networks_and_batch()
+    optimizers = [reciprocal.make_optimizer(Config(), net) for net in nets]
+    for name in ("item", "tolist", "cpu", "__bool__", "__float__", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    reciprocal_step(nets, optimizers, batch, Config())
+    supervised_step(nets[:1], optimizers[:1], batch, Config())
+
+
+def test_lower_bound_takes_as_many_iterations_as_the_whole_reciprocal_run():
+    for preset, total in (("paper", 70), ("strong", 110)):
+        cfg = replace(Config(), **reciprocal.PRESETS[preset], iterations=30, pretrain=40)
+        assert sum(stage.iterations for stage in stages(cfg)) == total
+        (stage,) = stages(replace(cfg, method="supervised"))
+        assert stage.iterations == total
+
+
+# ---- inference
+
+
+class Position(nn.Module):
+    """Logits that depend on the voxel's place in the window, so that every overlap matters."""
+
+    def forward(self, x):
+        ramp = torch.linspace(-2, 2, x[0, 0].numel()).view(x.shape[2:])
+        return torch.stack([x[:, 0] * ramp, x[:, 0] - ramp], 1)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8), (13, 9, 17), (5, 20, 8), (3, 4, 5)])
+@pytest.mark.parametrize("windows", [1, 3])
+def test_sliding_window_equals_a_plain_loop(shape, windows):
+    patch, stride = (8, 8, 8), (3, 4, 5)
+    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    low = [max(p - s, 0) // 2 for s, p in zip(shape, patch, strict=True)]
+    high = [max(p - s, 0) - a for s, p, a in zip(shape, patch, low, strict=True)]
+    padded = np.pad(image[0].numpy(), list(zip(low, high, strict=True)))
+    score, count = np.zeros((2, *padded.shape)), np.zeros(padded.shape)
+    steps = [int(np.ceil((size - p) / s)) + 1 for size, p, s in zip(padded.shape, patch, stride, strict=True)]
+    for index in itertools.product(*map(range, steps)):
+        at = [min(s * i, size - p) for i, s, size, p in zip(index, stride, padded.shape, patch, strict=True)]
+        box = tuple(slice(a, a + p) for a, p in zip(at, patch, strict=True))
+        score[(slice(None), *box)] += Position()(torch.tensor(padded[box])[None, None]).softmax(1)[0].numpy()
+        count[box] += 1
+    inner = tuple(slice(a, a + s) for a, s in zip(low, shape, strict=True))
+    expected = (score / count)[(slice(None), *inner)]
+    torch.testing.assert_close(segment(Position(), image, patch, stride, windows).double(), torch.tensor(expected),
+                               rtol=1e-5, atol=1e-6)
+
+
+def test_out_of_memory_sums_on_the_host(monkeypatch):
+    image, wanted = torch.randn(1, 9, 9, 9), []
+    expected = segment(Position(), image, (8, 8, 8), (4, 4, 4))
+
+    class Full(Position):
+        def forward(self, x):
+            wanted.append(1)
+            if len(wanted) == 1:
+                raise torch.OutOfMemoryError("full")
+            return super().forward(x)
+
+    torch.testing.assert_close(segment(Full(), image, (8, 8, 8), (4, 4, 4), keep_on="meta"), expected)
+    wanted.clear()
+    with pytest.raises(torch.OutOfMemoryError):  # on the host itself there is nowhere to fall back to
+        segment(Full(), image, (8, 8, 8), (4, 4, 4))
+
+
+def test_largest_component_keeps_one_part_a_class(monkeypatch):
+    label = torch.zeros(1, 12, 6, 6)
+    label[0, 0:2, 0:2], label[0, 4:8, 2:5], label[0, 10:12] = 1, 1, 2
+    probs = F.one_hot(label[0].long(), 3).movedim(-1, 0).float()
+    monkeypatch.setattr(reciprocal, "segment", lambda *_: probs)
+    kept = reciprocal.predict_label(nn.Identity(), label, replace(Config(), largest_component=True))
+    assert set(kept[0:2].unique().tolist()) == {0} and (kept[4:8, 2:5] == 1).all() and (kept[10:12] == 2).all()
+
+
+# ---- the program
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An nnU-Net folder: six labeled cases, two without a label, two test images, one of them labeled."""
+    root = tmp_path_factory.mktemp("own")
+    rng, affine = np.random.default_rng(0), np.diag([0.7, 0.8, 1.5, 1])
+    labels = {"background": 0, "liver": 1, "tumor": 2}
+    (root / "dataset.json").write_text(json.dumps(dict(channel_names={"0": "MR"}, labels=labels, numTraining=6)))
+    for sub in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        (root / sub).mkdir()
+    for i in range(10):
+        label = np.zeros((18, 17, 15), np.uint8)
+        label[4:12, 4:12, 3:10], label[6:9, 6:9, 5:8] = 1, 2
+        image = (100 * label + 20 * rng.standard_normal(label.shape)).astype(np.float32)
+        where = "Tr" if i < 8 else "Ts"
+        nib.save(nib.Nifti1Image(image, affine), root / f"images{where}" / f"case{i}_0000.nii.gz")
+        if i < 6 or i == 8:
+            nib.save(nib.Nifti1Image(label, affine), root / f"labels{where}" / f"case{i}.nii.gz")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "mine"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels.dice, "INTERPRETED", False)
+        assert cli("--data", folder, "--labeled", 2, "--out", run, *TINY) == 0
+    return run
+
+
+def test_a_run_leaves_what_it_promises(finished, capsys):
+    for name in ("config.json", "cases.json", "environment.json", "log.jsonl", "curves.png", "checkpoint.pt",
+                 "student.pt", "metrics.csv", "summary.json", "overlay.png"):
+        assert (finished / name).stat().st_size > 0, name
+    cases = json.loads((finished / "cases.json").read_text())
+    assert [len(cases[name]) for name in ("labeled", "unlabeled", "test")] == [2, 5, 3]  # one labeled case held out
+    prediction = nib.load(finished / "predictions" / "case9.nii.gz")
+    assert prediction.get_data_dtype() == np.uint8 and prediction.shape == (18, 17, 15)
+    assert np.allclose(prediction.affine, np.diag([0.7, 0.8, 1.5, 1]))
+    scores = json.loads((finished / "summary.json").read_text())["scores"]
+    sets = {(row["set"], row["network"]): row["cases"] for row in scores}
+    assert sets == {(s, n): c for s, c in (("test", 2), ("transductive", 3)) for n in ("student", "teacher")}
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert sum("feedback" in line for line in log) == 4  # every iteration
+
+
+def test_lower_bound_beside_the_run_joins_its_table(folder, finished, capsys):
+    lower = finished.parent / "lower"
+    assert cli("--data", folder, "--labeled", 2, "--method", "supervised", "--out", lower, *TINY) == 0
+    assert cli("--resume", finished) == 0
+    assert "lower bound (lower)" in capsys.readouterr().out
+
+
+def test_resumed_run_equals_a_straight_one(folder, tmp_path, monkeypatch):
+    assert cli("--data", folder, "--labeled", 2, "--out", tmp_path / "straight", *TINY) == 0
+    step, calls = reciprocal.reciprocal_step, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(reciprocal, "reciprocal_step", killed)
+    assert cli("--data", folder, "--labeled", 2, "--out", tmp_path / "broken", *TINY) == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels.dice, "INTERPRETED", False)
+    assert cli("--resume", tmp_path / "broken") == 0
+    one, other = (report.load_checkpoint(tmp_path / name) for name in ("straight", "broken"))
+    for name, net in one["nets"].items():
+        assert all(torch.equal(value, other["nets"][name][key]) for key, value in net.items())
+    assert (tmp_path / "straight/log.jsonl").read_text() == (tmp_path / "broken/log.jsonl").read_text()
+
+
+def test_predict_goes_on_after_a_bad_file(folder, finished, tmp_path, capsys):
+    images = tmp_path / "scans"
+    images.mkdir()
+    for i in (0, 9):
+        (images / f"case{i}_0000.nii.gz").write_bytes(next((folder).glob(f"images*/case{i}_*")).read_bytes())
+    (images / "case1_0000.nii.gz").write_bytes(b"<html>")
+    assert cli("predict", "-i", images, "-o", tmp_path / "masks", "--checkpoint", finished) == 2
+    error = capsys.readouterr().err
+    assert "case1_0000.nii.gz" in error and error.count("\n") == 1
+    assert sorted(p.name for p in (tmp_path / "masks").iterdir()) == ["case0.nii.gz", "case9.nii.gz"]
+    mask = nib.load(tmp_path / "masks/case9.nii.gz")
+    assert np.array_equal(mask.get_fdata(), nib.load(finished / "predictions/case9.nii.gz").get_fdata())
+    assert cli("predict", "-i", images / "case0_0000.nii.gz", "-o", tmp_path / "one", "--network", "teacher",
+               "--checkpoint", finished / "checkpoint.pt") == 0
+    assert [p.name for p in (tmp_path / "one").iterdir()] == ["case0.nii.gz"]
+
+
+def test_given_checkpoints_replace_pretraining(folder, finished, tmp_path):
+    run = tmp_path / "run"
+    assert cli("--data", folder, "--labeled", 2, "--out", run, "--teacher-from", finished,
+               "--student-from", finished / "student.pt", *TINY) == 0
+    assert {json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()} == {"reciprocal"}
+
+
+def test_flipped_byte_is_seen(finished, tmp_path):
+    content = bytearray((finished / "student.pt").read_bytes())
+    assert torch.load(finished / "student.pt", weights_only=True)["classes"] == ["background", "liver", "tumor"]
+    for position in (10, len(content) // 2, len(content) - 70, len(content) - 1):
+        bad = content.copy()
+        bad[position] ^= 1
+        (tmp_path / "bad.pt").write_bytes(bad)
+        with pytest.raises(data.BadInput, match="bad.pt"):
+            report.load_checkpoint(tmp_path / "bad.pt")
+
+
+def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path, capsys):
+    assert cli("--data", folder, "--labeled", 2, "--out", tmp_path / "run", *TINY, "--lr", 1e30) == 2
+    assert re.search(r"iteration \d+: loss_l is not finite", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments,message", [
+    ("--data la", "phantom"),
+    ("--data pancreas", "Pancreas-CT"),
+    ("--data breast", "private"),
+    ("--data hippocampus", "medicaldecathlon.com"),
+    ("--data no/such/folder", "no/such/folder"),
+    ("--patch 20 32 32", "--patch 20 32 32"),
+    ("--labeled 0.001", "--labeled"),
+    ("--labeled 1.0 --iterations 1", "supervised"),
+    ("--unknown 1", "--unknown"),
+    ("--device tpu", "tpu"),
+    ("--resume nowhere", "nowhere"),
+    ("--method magic", "magic"),
+    ("--teacher-from nowhere.pt", "nowhere.pt"),
+    ("predict -i x -o y --checkpoint nowhere", "nowhere"),
+])
+def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli(*arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_output_folder_in_use_is_left_alone(finished, folder, capsys):
+    before = (finished / "checkpoint.pt").read_bytes()
+    assert cli("--data", folder, "--out", finished, *TINY) == 2
+    assert "--resume" in capsys.readouterr().err and (finished / "checkpoint.pt").read_bytes() == before
+
+
+def test_checkpoint_of_another_network_is_refused(folder, finished, tmp_path, capsys):
+    assert cli("--data", folder, "--out", tmp_path / "run", "--teacher-from", finished, *TINY, "--filters", 4) == 2
+    assert "another network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(data.SOURCES))
+def test_every_recipe_starts(name, folder, tmp_path):
+    """The recipe's own settings on a folder of the right kind; only the sizes are cut for time."""
+    root = folder
+    if name == "la":
+        import h5py
+
+        root = tmp_path / "la"
+        cases = [f"CASE{i}" for i in range(7)]
+        for case in cases:
+            path = root / "2018LA_Seg_Training Set" / case / "mri_norm2.h5"
+            path.parent.mkdir(parents=True)
+            image = np.random.default_rng(cases.index(case)).standard_normal((18, 17, 20)).astype(np.float32)
+            with h5py.File(path, "w") as file:
+                file["image"] = image
+                if case != cases[-1]:
+                    file["label"] = (image > 1).astype(np.uint8)
+        (root / "train.list").write_text("\n".join(cases[:5]))
+        (root / "test.list").write_text("\n".join(cases[5:]))
+    run = tmp_path / "run"
+    assert cli("--data", name, "--root", root, "--labeled", 0.4, "--out", run, *TINY) == 0
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["optimizer"] == data.RECIPES[name]["optimizer"] and saved["noise"] == data.RECIPES[name]["noise"]
+
+
+def test_readme_commands_are_understood():
+    """Every command line the README shows parses, so it is at least a command that exists."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    lines = re.findall(r"^(?:    )?(?:python reciprocal\.py|\./train\.sh(?! test)) ?([^#\n]*)", readme, re.M)
+    assert len(lines) >= 5
+    for line in lines:
+        arguments = shlex.split(line)
+        if arguments[:1] != ["predict"]:
+            reciprocal.train_parser().parse_args(arguments)
