@@ -86,7 +86,7 @@ def launch(classes: int, itemsize: int, form: str, background: bool) -> tuple[di
     width = triton.next_power_of_2(classes)
     return (
         {**common, "BLOCK": 128 * voxels, "SPAN": 1024 * voxels, "num_warps": 4},
-        {**common, "WIDTH": width, "BLOCK": 2048 // width, "num_warps": 8},
+        {**common, "WIDTH": width, "BLOCK": 4096 // width, "num_warps": 8},
     )
 
 

@@ -11,8 +11,8 @@ distance d to S,
 
 where r(z, y, x) counts the voxels from x to the nearest voxel of S *in the same row*. The offsets (i, j) are
 visited in the order of their own length (s_z i)² + (s_y j)²; once that reaches the best d² so far, no later
-one can do better. A point d voxels away is settled after about π d² reads, near or far, at any spacing.
-Nothing is rounded but by SciPy's distance transform too: its squares, sums and root in float64, in its order.
+one can do better. A point d voxels away is settled after some π d² reads, near or far, at any spacing: 12 reads
+at 2 voxels, 31,000 at 100. Squares, sums and root are in float64 and in the order of SciPy's distance transform.
 
     asd    mean of d over the prediction's surface (and over the label's, to the prediction)
     hd95   95th percentile of the two sets pooled, linearly interpolated as NumPy does
@@ -26,7 +26,8 @@ one kernel counts the next reads on the device. Bytes, for N voxels and n surfac
     nearest   reads 2 bytes for each of some π d² offsets a point; overwrites the voxel number by the distance
     finish    8n for the means, 8n for each of some 8 passes that corner the percentile; one program a class
 
-Left atrium, N = 190x140x88, n = 44,000: 14 MB, 5 million reads. 512x512x200, n = 380,000: 0.3 GB, 40 million.
+Left atrium, N = 190x140x88, n = 44,000, mean d of 3 voxels: 14 MB, and 9 million reads by whole blocks of points
+and offsets. 512x512x200, n = 380,000: 0.3 GB.
 """
 
 import math
@@ -223,7 +224,8 @@ def _finish(distances, ends, scores, volume, T, TILE: tl.constexpr, PIVOTS: tl.c
             count, above = tl.sum(up_to), tl.min(next_up)
         high = tl.where(count > rank + 1, low, above)
         gap = high - low
-        tl.store(scores + 5, tl.where(part < 0.5, low + gap * part, high - gap * (1 - part)))  # NumPy's two
+        hd95 = tl.where(part < 0.5, low + gap * part, high - gap * (1 - part))  # NumPy's formulas
+        tl.store(scores + 5, hd95)
 
 
 # 4. The public function
@@ -244,7 +246,7 @@ def surface_scores(prediction: Tensor, label: Tensor, spacing: Sequence[float] |
 
     The definitions are those of MedPy 0.5, `medpy.metric.binary`, connectivity 1. The transform along the
     rows is the first pass of Saito and Toriwaki, Pattern Recognition 1994;27(11):1551-1565. Memory: 20 bytes
-    a voxel of a pair, and no more than 2.7 GB where one pair keeps within it.
+    a voxel of a pair; pairs are taken in groups of up to 2.7 GB, or one by one.
     """
     prediction, label, spacing = _checked(prediction, label, spacing)
     if not (triton and (label.is_cuda or INTERPRETED)):

@@ -72,6 +72,28 @@ def test_beyond_the_probe(seed, spacing):
     same(first, second & (np.arange(50) >= 40)[:, None, None], spacing)
 
 
+R = metrics.REACH
+
+
+@pytest.mark.parametrize(("spacing", "near", "far"), [
+    (None, (R + 1, 0), (R, R)), ((1, 1, 5), (R + 6, 0), (0, 10)), ((1, 5, 1), (0, R + 6), (10, 0))])  # fmt: skip
+def test_end_of_the_table(spacing, near, far):
+    """The nearest column lies outside the searched square, a farther one inside."""
+    prediction, label = np.zeros((2, 3, 70, 70), bool)
+    prediction[1, 9, 9] = label[1, 9 + near[0], 9 + near[1]] = label[1, 9 + far[0], 9 + far[1]] = True
+    same(prediction, label, spacing)
+
+
+@pytest.mark.parametrize("width", range(R - 1, R + 4))
+def test_search_across_the_border(width):
+    """Steps back from the first column do not come in again at the other side."""
+    for shape in ((60, width, 1), (60, 2, width)):
+        prediction, label = np.zeros((2, *shape), bool)
+        prediction[0, 0, 0] = label[-1, -1, -1] = label[-1, 0, -1] = True
+        same(prediction, label)
+        same(prediction[:, :, ::-1], label[:, :, ::-1])
+
+
 def test_corners_of_the_volume():
     full = np.ones((9, 8, 7), bool)
     corner, opposite = np.zeros((2, 9, 8, 7), bool)
