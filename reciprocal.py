@@ -284,10 +284,15 @@ def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, keep
     return (total / visits)[(..., *(slice(a, a + n) for a, n in zip(low, image.shape[1:], strict=True)))]
 
 
-def predict_label(net: nn.Module, image: Tensor, cfg: Config, stride=None) -> Tensor:
-    """The predicted classes (D, H, W) uint8 of one image (C, D, H, W), on its device."""
+def predict_label(net: nn.Module, image: Tensor, cfg: Config, quick: bool = False) -> Tensor:
+    """The predicted classes (D, H, W) uint8 of one image (C, D, H, W), on its device; `quick` takes the fewest
+    windows, each as large as the volume and at most twice the patch a side."""
+    patch, stride, windows, side = cfg.patch, cfg.stride, cfg.windows, 2**cfg.depth
+    if quick:
+        patch = stride = tuple(min(-(-n // side) * side, 2 * p) for n, p in zip(image.shape[1:], patch, strict=True))
+        windows = 1
     with autocast(cfg, image.device):
-        probs = segment(net, image, cfg.patch, stride or cfg.stride, cfg.windows)
+        probs = segment(net, image, patch, stride, windows)
     label = probs.argmax(0).to(image.device, torch.uint8)
     for value in range(1, len(probs)) if cfg.largest_component else ():
         parts, n = ndimage.label((label == value).cpu().numpy())
@@ -462,19 +467,15 @@ def scored(dataset: data.Dataset) -> dict[str, list[data.Case]]:
             "transductive": [case for case in dataset.unlabeled if case.label is not None]}
 
 
-def half(patch: tuple) -> tuple:
-    return tuple(p // 2 for p in patch)
-
-
 def curve_point(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], nets: dict[str, VNet]) -> dict[str, float]:
-    """Mean foreground Dice of each network on a few scored cases, with windows half overlapping. It is looked at
-    and never chosen by: the last checkpoint is the result."""
+    """Mean foreground Dice of each network on a few scored cases, with quick windows. It is looked at and never
+    chosen by: the last checkpoint is the result."""
     cases = (scored(dataset)["test"] or scored(dataset)["transductive"])[: cfg.eval_cases]
     means = {}
     for name in names if cases else ():
         net, device, dice = nets[name].eval(), next(nets[name].parameters()).device, []
         for case in (case.to(device) for case in cases):
-            label = predict_label(net, case.volume(), cfg, half(cfg.patch))
+            label = predict_label(net, case.volume(), cfg, quick=True)
             dice += [metrics.dice(label == value, case.label == value) for value in range(1, len(dataset.classes))]
         means[name] = float(np.nanmean(dice))
         net.train()
@@ -485,17 +486,16 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
     """Predict and score every case that training has not seen with its label, by student and teacher; the student's
     predictions go to predictions/ (test) and transductive/. Rows of metrics, and the panels of the overlay.
 
-    Test cases take the stride of the Config, the many transductive ones windows that overlap by half."""
+    Test cases take the patch and stride of the Config, the many transductive ones quick windows."""
     device, rows, panels = next(nets["student"].parameters()).device, [], []
-    plan = (("test", "predictions", dataset.test, cfg.stride),
-            ("transductive", "transductive", scored(dataset)["transductive"], half(cfg.patch)))
-    for name, folder, cases, stride in plan:
+    plan = (("test", "predictions", dataset.test), ("transductive", "transductive", scored(dataset)["transductive"]))
+    for name, folder, cases in plan:
         (run / folder).mkdir(exist_ok=True)
         for case in tqdm(cases, f"{name} cases", disable=quiet()):
             case = case.to(device)
             spacing = case.spacing if cfg.spacing == "mm" else None
             for network, net in nets.items() if case.label is not None else [("student", nets["student"])]:
-                label = predict_label(net.eval(), case.volume(), cfg, stride)
+                label = predict_label(net.eval(), case.volume(), cfg, quick=name == "transductive")
                 scores = []
                 if case.label is not None:
                     scores = metrics.score_classes(label, case.label, dataset.classes, spacing)
