@@ -1,14 +1,18 @@
 """Times that mean something: peers and ours in one interleaved run, after a check that they agree.
 
-    python bench.py train                   the reciprocal step: the authors' formulation against ours
-    python bench.py train --patch 112 112 80 --filters 16 --json out.json
+    python bench.py train      the reciprocal step: the authors' formulation against ours
+    python bench.py dice       softmax + cross-entropy + Dice, forward and backward, against eager, compiled, MONAI
+    python bench.py surface    Dice, Jaccard, ASD and 95HD of a pair of masks against MedPy, SciPy, CuPy, DisTorch
+    python bench.py train --patch 112 112 80 --json train.json
 
 Every round times each contestant once, so that whatever else the machine does hits all of them; the table shows the
-median with the 20% and 80% quantiles and the ratio to the first row. Only ratios travel between machines.
+median with the 20% and 80% quantiles and the ratio to the first row. Only ratios travel between machines. Peers that
+are not installed are left out; where there is no GPU the rows are the CPU's.
 """
 
 import argparse
 import copy
+import importlib.util
 import json
 import sys
 import time
@@ -18,24 +22,30 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 import data
+import metrics
 import reciprocal
 import report
 from data import BadInput, Parser
+from kernels.dice import dice_ce, reference
 
 
 def interleave(contestants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> list[dict]:
-    """Milliseconds of each contestant, one call of each a round, after one to warm up."""
+    """Milliseconds of a call of each contestant, all of them in turn each round, after one round to warm up. On a
+    GPU a turn is 20 calls, so that waiting for the last of them does not count."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    calls = 20 if device.type == "cuda" else 1
     for turn in range(rounds + 1):
         for name, call in contestants.items():
             wait(device)
             start = time.perf_counter()
-            call()
+            for _ in range(calls):
+                call()
             wait(device)
             if turn:
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(1000 * (time.perf_counter() - start) / calls)
     first = np.median(next(iter(times.values())))
     return [dict(name=name, ms=float(np.median(t)), low=float(np.quantile(t, 0.2)), high=float(np.quantile(t, 0.8)),
                  ratio=float(np.median(t) / first)) for name, t in times.items()]
@@ -97,7 +107,116 @@ def train(args) -> list[dict]:
     return interleave(contestants, args.rounds, args.device)
 
 
-BENCHES = {"train": train}
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def eager_loss(logits, label):
+    """Cross-entropy + Dice as the left-atrium literature writes them, a class at a time."""
+    probs, dice = logits.softmax(1), 0
+    for c in range(1, logits.shape[1]):
+        p, t = probs[:, c], (label == c).float()
+        dice += 1 - (2 * (p * t).sum() + 1e-5) / ((p * p).sum() + (t * t).sum() + 1e-5)
+    return 0.5 * F.cross_entropy(logits, label.long()) + 0.5 * dice / (logits.shape[1] - 1)
+
+
+def dice(args) -> list[dict]:
+    """Forward + backward. The floor is the fewest bytes (kernels/dice.py counts them) at the speed of a plain copy."""
+    torch.manual_seed(0)
+    shape = (args.batch, args.classes, *args.patch)
+    logits = torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype), requires_grad=True)
+    label = torch.randint(args.classes, shape[:1] + shape[2:], device=args.device, dtype=torch.uint8)
+    losses = {"eager, as in the literature": eager_loss, "reference": reference}
+    if args.device.type == "cuda":
+        losses |= {"torch.compile of the reference": torch.compile(reference), "ours": dice_ce}
+    if installed("monai"):
+        from monai.losses import DiceCELoss
+
+        monai = DiceCELoss(softmax=True, to_onehot_y=True, lambda_dice=0.5, lambda_ce=0.5)
+        losses["MONAI DiceCELoss (another form)"] = lambda logits, label: monai(logits, label[:, None].long())
+
+    def both(loss):
+        return lambda: torch.autograd.grad(loss(logits, label), logits)[0]
+
+    expected = both(reference)().float()
+    for name in ("eager, as in the literature", "ours"):
+        if name in losses and not torch.allclose(both(losses[name])().float(), expected, rtol=1e-2,
+                                                 atol=1e-3 * expected.abs().max().item()):
+            raise BadInput(f"{name}: another gradient than the reference; nothing is timed")
+    rows = interleave({name: both(loss) for name, loss in losses.items()}, args.rounds, args.device)
+    moved = label.numel() * (3 * args.classes * logits.element_size() + 2 * label.element_size())
+    source = torch.empty(2**26, device=args.device)
+    sink = torch.empty_like(source)
+    (copied,) = interleave({"copy": lambda: sink.copy_(source)}, args.rounds, args.device)
+    floor = moved / (8 * source.numel() / copied["ms"])
+    for row, loss in zip(rows, losses.values(), strict=True):
+        row |= dict(gb_per_s=moved / row["ms"] / 1e6, share_of_floor=floor / row["ms"])
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            both(loss)()
+            beyond = torch.cuda.max_memory_allocated() - before - logits.numel() * logits.element_size()
+            row["mb_beyond_gradient"] = beyond / 1e6
+    return rows
+
+
+def blobs(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Two irregular masks that mostly agree, as a prediction and a label do; synthetic."""
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    fields = [ndimage.gaussian_filter(rng.standard_normal(shape), 6) for _ in range(2)]
+    rough, other = (field / field.std() for field in fields)
+    ball = (grid**2).sum(0) + 0.1 * rough
+    return ball + 0.04 * other < 0.45, ball < 0.45
+
+
+def by_scipy(prediction, label) -> dict:
+    """The definitions by SciPy's distance transform on the masks' common box."""
+    box = ndimage.find_objects((prediction | label).astype(int))[0]
+    masks = [np.pad(mask[box], 1) for mask in (prediction, label)]
+    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in masks]
+    there, back = (ndimage.distance_transform_edt(~b)[a] for a, b in (surfaces, surfaces[::-1]))
+    return dict(asd=there.mean(), hd95=np.percentile(np.concatenate([there, back]), 95))
+
+
+def surface(args) -> list[dict]:
+    prediction, label = blobs(tuple(args.patch))
+    contestants = {"SciPy distance transform on the box": lambda: by_scipy(prediction, label),
+                   "ours, CPU": lambda: metrics.score(prediction, label)}
+    if installed("medpy"):
+        from medpy.metric import binary
+
+        contestants = {"MedPy": lambda: dict(dice=binary.dc(prediction, label), jaccard=binary.jc(prediction, label),
+                                             asd=binary.asd(prediction, label),
+                                             hd95=binary.hd95(prediction, label))} | contestants
+    if args.device.type == "cuda":
+        there = [torch.from_numpy(mask).to(args.device) for mask in (prediction, label)]
+        contestants["ours, GPU"] = lambda: metrics.score(*there)
+        if installed("cupy"):
+            import cupy
+            from cupyx.scipy import ndimage as gpu
+
+            masks = [cupy.asarray(mask) for mask in (prediction, label)]
+
+            def by_cupy():
+                surfaces = [mask & ~gpu.binary_erosion(mask) for mask in masks]
+                near = [gpu.distance_transform_edt(~b)[a] for a, b in (surfaces, surfaces[::-1])]
+                return dict(asd=float(near[0].mean()), hd95=float(cupy.percentile(cupy.concatenate(near), 95)))
+
+            contestants["CuPy distance transform"] = by_cupy
+        if installed("distorch"):
+            from distorch.metrics import boundary_metrics
+
+            contestants["DisTorch (percentiles not pooled)"] = lambda: boundary_metrics(*(m[None] for m in there))
+    expected = by_scipy(prediction, label)
+    for name, call in contestants.items():
+        if "DisTorch" not in name and any(abs(call()[key] - value) > 1e-9 for key, value in expected.items()):
+            raise BadInput(f"{name}: another distance than SciPy's; nothing is timed")
+    return interleave(contestants, args.rounds, args.device)
+
+
+BENCHES = {"train": train, "dice": dice, "surface": surface}
+SIZES = {"train": (48, 48, 32), "dice": (112, 112, 80), "surface": (190, 140, 88)}
 
 
 def main() -> None:
@@ -106,15 +225,21 @@ def main() -> None:
     parser.add_argument("--device", type=reciprocal.pick_device, default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the table, the arguments and the environment to this file")
-    parser.add_argument("--patch", type=int, nargs=3, default=(48, 48, 32))
-    parser.add_argument("--batch", type=int, default=2, help="labeled and unlabeled patches a step, each")
-    parser.add_argument("--filters", type=int, default=16)
-    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--patch", type=int, nargs=3, help=f"voxels a side (default: {SIZES})")
+    parser.add_argument("--batch", type=int, help="patches (default: 2 labeled + 2 unlabeled for train, 4 for dice)")
+    parser.add_argument("--classes", type=int, default=2, help="for dice")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="for dice")
+    parser.add_argument("--filters", type=int, default=16, help="for train")
+    parser.add_argument("--depth", type=int, default=4, help="for train")
     args = parser.parse_args()
+    args.patch = args.patch or SIZES[args.bench]
+    args.batch = args.batch or {"train": 2, "dice": 4}.get(args.bench)
     rows = BENCHES[args.bench](args)
     width = max(len(row["name"]) for row in rows)
     for row in rows:
-        print(f"{row['name']:{width}}  {row['ms']:10.2f} ms  [{row['low']:.2f}, {row['high']:.2f}]  {row['ratio']:.2f}")
+        more = "".join(f"  {name} {row[name]:.2f}" for name in list(row)[5:])
+        print(f"{row['name']:{width}}  {row['ms']:10.3f} ms  [{row['low']:.3f}, {row['high']:.3f}]  "
+              f"ratio {row['ratio']:.3f}{more}")
     if args.json:
         arguments = {name: str(value) for name, value in vars(args).items()}
         result = dict(arguments=arguments, environment=report.environment(args.device), rows=rows)

@@ -129,7 +129,6 @@ if triton:
             inter += (tl.zeros([BLOCK], tl.float32),)
             size += (tl.zeros([BLOCK], tl.float32),)
         count = tl.zeros([BLOCK], tl.int64 if C > 8 else tl.int32)  # 4 bits a class: counts up to 8
-        one = count + 1
         product = tl.full([BLOCK], 1.0, tl.float32)  # of 8 totals of 1 to C each: one logarithm for all
         nll = tl.zeros([BLOCK], tl.float32)
         for start in tl.range(part * SPAN, tl.minimum(part * SPAN + SPAN, V), BLOCK, num_stages=3):
@@ -138,7 +137,7 @@ if triton:
             counted, y, e, total, inverse, picked = _softmax(z, y, v < V, z_c, ignore, C)
             product *= tl.where(counted, total, 1.0)
             nll -= picked
-            count += tl.where(counted, one << (4 * y), 0)
+            count += counted.to(count.dtype) << (4 * tl.maximum(y, 0))
             inter_before, size_before, inter, size = inter, size, (), ()
             for c in tl.static_range(FIRST, C):
                 p = e[c] * inverse
