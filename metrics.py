@@ -4,9 +4,8 @@
 
 Definitions: MedPy's. A mask's surface is the mask minus its erosion by the 6-neighbor cross; outside the
 volume is background. asd: mean over the prediction's surface of the distance to the label's, this direction
-alone; assd: mean of asd in the two directions, as in MedPy up to 0.4 (0.5 pools the distances); hd95: 95th
-percentile, linearly interpolated, of the distances of both directions pooled. In voxels, or in the unit of
-`spacing`.
+alone; assd and hd95: mean, and linearly interpolated 95th percentile, of the distances of both directions
+pooled (MedPy before 0.5 took the mean of the two asd as assd). In voxels, or in the unit of `spacing`.
 
 Empty masks. Both empty: the class is absent, every metric NaN and in no average. Exactly one empty: a
 failure, Dice = Jaccard = 0 and no distance (NaN); failures are counted and shown, never averaged in as 0 mm.
@@ -50,7 +49,7 @@ def asd(prediction, label, spacing=None) -> float:
 
 
 def assd(prediction, label, spacing=None) -> float:
-    """Mean of `asd` in the two directions; arguments as in `score`."""
+    """Mean distance of both directions pooled; arguments as in `score`."""
     return score(prediction, label, spacing)["assd"]
 
 
@@ -86,8 +85,8 @@ def score_classes(prediction, label, classes: list[str] | dict[int, str], spacin
     else:
         numbers = [_numbers(*_masks(prediction == value, label == value, spacing)) for value in names]
     rows = []
-    for name, (both, first, second, there, back, percentile) in zip(names.values(), numbers, strict=True):
-        scores = *_overlaps(both, first, second), there, (there + back) / 2, percentile
+    for name, (both, first, second, *distances) in zip(names.values(), numbers, strict=True):
+        scores = *_overlaps(both, first, second), *distances
         failure = int((first == 0) != (second == 0))
         rows.append({"class": name} | dict(zip(METRICS, scores, strict=True)) | {"failure": failure})
     return rows
@@ -95,9 +94,10 @@ def score_classes(prediction, label, classes: list[str] | dict[int, str], spacin
 
 def _numbers(prediction, label, spacing) -> list[float]:
     first, second, _ = _surfaces(prediction, label, spacing)
-    there, back = _nearest(first, second, spacing), _nearest(second, first, spacing)
-    percentile = np.percentile(np.concatenate((there, back)), 95)
-    return np.array([*_counts(prediction, label, spacing), there.mean(), back.mean(), percentile]).tolist()
+    there = _nearest(first, second, spacing)
+    pooled = np.concatenate((there, _nearest(second, first, spacing)))
+    distances = there.mean(), pooled.mean(), np.percentile(pooled, 95)
+    return np.array([*_counts(prediction, label, spacing), *distances]).tolist()
 
 
 def _counts(prediction, label, spacing) -> tuple[int, int, int]:

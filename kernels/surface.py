@@ -14,8 +14,9 @@ visited in the order of their own length (s_z i)² + (s_y j)²; once that reache
 one can do better. A point d voxels away is settled after some π d² reads, near or far, at any spacing: 12 reads
 at 2 voxels, 31,000 at 100. Squares, sums and root are in float64 and in the order of SciPy's distance transform.
 
-    asd    mean of d over the prediction's surface (and over the label's, to the prediction)
-    hd95   95th percentile of the two sets pooled, linearly interpolated as NumPy does
+    asd    mean of d over the prediction's surface
+    assd   mean of d over both surfaces pooled
+    hd95   95th percentile of the same, linearly interpolated as NumPy does
 
 Four kernels and one running sum, without a synchronization: every buffer has the size of its bound, and what
 one kernel counts the next reads on the device. Bytes, for N voxels and n surface voxels of both masks:
@@ -69,8 +70,8 @@ def reference(prediction: Tensor, label: Tensor, spacing: Sequence[float] | None
         if all(map(len, surfaces)):
             length = torch.cdist(*surfaces, compute_mode="donot_use_mm_for_euclid_dist")
             forward, backward = length.amin(1), length.amin(0)
-            percentile = torch.cat((forward, backward)).quantile(0.95)
-            row[3:] = torch.stack([forward.mean(), backward.mean(), percentile])
+            pooled = torch.cat((forward, backward))
+            row[3:] = torch.stack([forward.mean(), pooled.mean(), pooled.quantile(0.95)])
     return scores
 
 
@@ -193,8 +194,9 @@ def _finish(distances, ends, scores, volume, T, TILE: tl.constexpr, PIVOTS: tl.c
             backward += tl.where(lane < n_p, 0.0, d)
             lowest = tl.minimum(lowest, tl.where(lane < n, d, float("inf")))
             highest = tl.maximum(highest, d)
-        tl.store(scores + 3, tl.sum(forward) / n_p.to(tl.float64))
-        tl.store(scores + 4, tl.sum(backward) / (n - n_p).to(tl.float64))
+        total = tl.sum(forward)
+        tl.store(scores + 3, total / n_p.to(tl.float64))
+        tl.store(scores + 4, (total + tl.sum(backward)) / n.to(tl.float64))
 
         place = (n - 1).to(tl.float64) * tl.full((), 0.95, tl.float64)
         rank = tl.floor(place).to(tl.int64)
@@ -239,9 +241,8 @@ def surface_scores(prediction: Tensor, label: Tensor, spacing: Sequence[float] |
             each axis of 1 to 1024 voxels.
         spacing: (D, H, W) distances between neighbors, default 1; the unit of the results.
     Returns:
-        (K, 6) float64 on the masks' device: |prediction ∩ label|, |prediction|, |label|, the average distance
-        from prediction to label, from label to prediction, and the 95th percentile of both sets pooled. The
-        distances are NaN where a mask is empty.
+        (K, 6) float64 on the masks' device: |prediction ∩ label|, |prediction|, |label|, asd, assd and hd95;
+        the distances are NaN where a mask is empty.
     Raises ValueError on other shapes, types or spacings, or masks on two devices.
 
     The definitions are those of MedPy 0.5, `medpy.metric.binary`, connectivity 1. The transform along the

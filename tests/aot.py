@@ -43,7 +43,7 @@ def assert_no_spills(module: str, jobs: list[Job]) -> list[dict]:
         [sys.executable, __file__, module],
         input=json.dumps([asdict(job) for job in jobs]),
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
     )
@@ -90,6 +90,7 @@ def measure(fn, job: Job) -> dict:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     kernels = importlib.import_module(sys.argv[1])
     jobs = [Job(**job) for job in json.load(sys.stdin)]
     print(json.dumps([measure(getattr(kernels, job.kernel), job) for job in jobs]))
