@@ -25,6 +25,7 @@ import os
 import re
 import sys
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise BadInput(f"{message} (--help lists the flags)")
+
+
+def cli(main: Callable[[], int | None]) -> int:
+    """The exit status of a program; the user's mistakes are one line on stderr."""
+    try:
+        return main() or 0
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 @dataclass
@@ -461,14 +474,14 @@ def phantom(n: int) -> list[Case]:
     return cases
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Look a data set over.")
+def main() -> int:
+    parser = Parser(description="Look a data set over.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="everything that is wrong, a line each").add_argument("folder")
     faults, summary = check(parser.parse_args().folder)
     print(*(faults or [summary]), sep="\n")
-    sys.exit(2 if faults else 0)
+    return 2 if faults else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli(main))

@@ -12,7 +12,6 @@ failure, Dice = Jaccard = 0 and no distance (NaN); failures are counted and show
 `--empty diagonal` makes every distance of a failure the length of the volume's diagonal.
 """
 
-import argparse
 import csv
 import functools
 import io
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
-from data import BadInput, read_nifti, write
+from data import BadInput, Parser, cli, read_nifti, write
 
 OVERLAPS, DISTANCES = ("dice", "jaccard"), ("asd", "assd", "hd95")
 METRICS = OVERLAPS + DISTANCES
@@ -302,23 +301,19 @@ def _declared(folder: Path) -> dict[int, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score predicted label volumes.")
+    parser = Parser(description="Score predicted label volumes.")
     parser.add_argument("prediction", type=Path, help="a NIfTI file or a folder of them")
     parser.add_argument("label", type=Path, help="the true ones, under the same names")
     parser.add_argument("--spacing", choices=("voxels", "mm"), default="voxels", help="unit of the distances")
     parser.add_argument("--csv", type=Path, help="write a line for each case and class to this file")
     parser.add_argument("--empty", choices=("none", "diagonal"), default="none", help="distance of a failure")
     args = parser.parse_args()
-    try:
-        rows = evaluate(args.prediction, args.label, args.spacing, args.empty)
-        if args.csv:
-            write_csv(args.csv, rows)
-    except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    rows = evaluate(args.prediction, args.label, args.spacing, args.empty)
+    if args.csv:
+        write_csv(args.csv, rows)
     summaries = summarize(rows, by=("class",)) + [{"class": "mean"} | s for s in summarize(rows, by=())]
     print(table(rows, args.spacing), table(summaries, args.spacing), sep="\n\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli(main))

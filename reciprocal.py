@@ -629,18 +629,5 @@ def predict(arguments: list[str]) -> None:
         raise BadInput(f"{len(failed)} failed: " + "; ".join(failed))
 
 
-def cli(arguments: list[str]) -> int:
-    """The program's exit status; the user's mistakes are one line on stderr."""
-    try:
-        main(arguments)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(cli(sys.argv[1:]))
+    sys.exit(data.cli(lambda: main(sys.argv[1:])))

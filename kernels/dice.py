@@ -36,11 +36,10 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
-
-    INTERPRETED = triton.knobs.runtime.interpret
 except ImportError:  # no Triton on this platform: the reference serves
     triton = None
 
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 EPSILON = 1e-5
 MAX_CLASSES = 16  # the kernels hold a voxel's classes in registers
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -82,7 +81,7 @@ def launch(classes: int, itemsize: int, form: str, background: bool) -> tuple[di
     while its registers allow, and a program takes 8 such blocks, the next two on their way while it computes.
     None of it depends on the GPU, so neither does the order of the sums."""
     common = {"C": classes, "FIRST": 0 if background else 1, "SQUARE": form == "batch"}
-    voxels = 16 // itemsize if classes == 2 else 4 if classes <= 4 else 2
+    voxels = 16 // itemsize if classes == 2 else 4 if classes == 3 else 2
     width = triton.next_power_of_2(classes)
     return (
         {**common, "BLOCK": 128 * voxels, "SPAN": 1024 * voxels, "num_warps": 4},
@@ -129,6 +128,7 @@ if triton:
             inter += (tl.zeros([BLOCK], tl.float32),)
             size += (tl.zeros([BLOCK], tl.float32),)
         count = tl.zeros([BLOCK], tl.int64 if C > 8 else tl.int32)  # 4 bits a class: counts up to 8
+        one = count + 1
         product = tl.full([BLOCK], 1.0, tl.float32)  # of 8 totals of 1 to C each: one logarithm for all
         nll = tl.zeros([BLOCK], tl.float32)
         for start in tl.range(part * SPAN, tl.minimum(part * SPAN + SPAN, V), BLOCK, num_stages=3):
@@ -137,7 +137,7 @@ if triton:
             counted, y, e, total, inverse, picked = _softmax(z, y, v < V, z_c, ignore, C)
             product *= tl.where(counted, total, 1.0)
             nll -= picked
-            count += counted.to(count.dtype) << (4 * tl.maximum(y, 0))
+            count += tl.where(counted, one << (4 * y), 0)
             inter_before, size_before, inter, size = inter, size, (), ()
             for c in tl.static_range(FIRST, C):
                 p = e[c] * inverse

@@ -13,7 +13,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 import metrics
-from data import BadInput
+from data import BadInput, cli
 
 SPACINGS = [None, 0.3, (2.0, 1.0, 0.5), (0.7, 1.3, 3.1), (5.0, 0.4, 0.4), (1e-3, 1.0, 1.0)]
 
@@ -335,10 +335,9 @@ def test_bad_input_is_one_line(folders, monkeypatch, capsys):
     cut.write_bytes((folders[1] / "c_0000.nii.gz").read_bytes()[:60])
     for message, arguments in bad_inputs(folders):
         monkeypatch.setattr(sys, "argv", ["metrics.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            metrics.main()
+        assert cli(metrics.main) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert stop.value.code == 2 and error.startswith("error: ") and message in error, error
+        assert error.startswith("error: ") and message in error, error
     (folders[1].parent / "dataset.json").write_text('{"labels": ["head"]}')
     done = run(*folders[:2])
     assert done.returncode == 2 and "dataset.json: invalid" in done.stderr and "Traceback" not in done.stderr

@@ -33,7 +33,7 @@ def loss_without_interpreter(monkeypatch):
 
 
 def cli(*arguments) -> int:
-    return reciprocal.cli([str(argument) for argument in arguments])
+    return data.cli(lambda: reciprocal.main([str(argument) for argument in arguments]))
 
 
 # ---- the network
