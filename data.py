@@ -102,7 +102,8 @@ _LA = dict(  # the left-atrium literature's settings, which are the paper's
     augment="rotflip", noise=0.0, normalize="zscore", window=(-125.0, 275.0), holdout=0.0)
 _CUBE = dict(_LA, patch=(96, 96, 96), stride=(16, 16, 16))
 _SMALL = dict(_LA, patch=(32, 32, 32), stride=(16, 16, 16), filters=8, depth=3, dropout=False, lr=0.05,
-              schedule="poly", iterations=200, pretrain=100, augment="none", seed=1)  # tuned for two CPU cores
+              schedule="poly", iterations=200, pretrain=100, augment="none", seed=1, eval_every=50, eval_cases=8,
+              save_every=100)  # tuned for two CPU cores
 RECIPES: dict[str, dict] = {
     "la": _LA,
     "pancreas": dict(_CUBE, batch_l=4, batch_u=5, dropout=False, optimizer="adam", lr=1e-3, iterations=20000,

@@ -134,9 +134,12 @@ def curves(log: Path, title: str) -> bytes:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (losses, feedback, dice) = plt.subplots(3, 1, figsize=(9, 8), sharex=True, constrained_layout=True)
+    stages = read_log(log)
+    panels = 3 if any("feedback" in lines[0] for _, lines in stages) else 2  # `supervised` has no feedback
+    figure, axes = plt.subplots(panels, 1, figsize=(9, 2.7 * panels), sharex=True, constrained_layout=True)
+    losses, feedback, dice = axes[0], axes[1], axes[-1]
     begin, colors, dice_curves = 0, {}, {}
-    for stage, lines in read_log(log):
+    for stage, lines in stages:
         steps = [line for line in lines if "dice" not in line]
         x = begin + np.array([line["iteration"] for line in steps])
         for name in [key for key in steps[0] if key.startswith("loss")]:
@@ -151,15 +154,16 @@ def curves(log: Path, title: str) -> bytes:
         for line in lines:
             for name, value in line.get("dice", {}).items():
                 dice_curves.setdefault((name, stage), []).append((begin + line["iteration"], 100 * value))
-        for axis in (losses, feedback, dice):
+        for axis in axes:
             axis.axvline(begin, color="0.8", lw=0.8)
         losses.annotate(stage, (begin, 1.01), xycoords=("data", "axes fraction"), fontsize=8)
         begin = x[-1]
     for (name, _), points in dice_curves.items():
         dice.plot(*zip(*points, strict=True), ".-", color={"student": "C0", "teacher": "C1"}[name], label=name)
     losses.set(ylabel="loss")
-    feedback.set(ylabel="feedback h")
-    feedback.axhline(0, color="0.8", lw=0.8)
+    if panels == 3:
+        feedback.set(ylabel="feedback h")
+        feedback.axhline(0, color="0.8", lw=0.8)
     dice.set(ylabel="Dice % of scored cases", xlabel="iteration")
     for axis in (losses, dice):
         handles = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
