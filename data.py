@@ -93,6 +93,11 @@ class Dataset:
     classes: list[str]  # names, background first
     channels: int
 
+    def __str__(self) -> str:
+        blind = sum(case.label is None for case in self.test)
+        note = f" ({blind} of them without a label: predicted, not scored)" if blind else ""
+        return f"labeled {len(self.labeled)}, unlabeled {len(self.unlabeled)}, test {len(self.test)}{note}"
+
 
 # ---- the data sets by name: values of Config, and where the files come from --------------------------------
 
@@ -307,6 +312,13 @@ def write(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be made ({error.strerror})") from None
 
 
 # ---- a folder of cases -------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ import report
 from data import BadInput, Parser
 from kernels.dice import dice_ce
 
+QUIET = not sys.stderr.isatty()  # plain lines instead of progress bars where nobody watches them
+
 # ---- Config -------------------------------------------------------------------------------------------------------
 
 def flag(default, help: str, choices: tuple | None = None):
@@ -60,11 +62,8 @@ class Config:
     supervised_loss: str = flag("dice+ce", "loss of `supervised` and of pre-training", ("ce", "dice", "dice+ce"))
     lesson: str = flag("both", "the student learns from pseudo labels, or from labels as well", ("pseudo", "both"))
     student_start: str = flag("pretrained", "the student's weights at the start", ("random", "pretrained"))
-    feedback: str = flag(
-        "scalar",
-        "h: the authors' lr * <lesson gradient, exam gradient>; the measured fall of the exam loss; none",
-        ("scalar", "difference", "off"),
-    )
+    feedback: str = flag("scalar", "h: the authors' lr * <g_u, g_l>; the measured fall of the exam loss; none",
+                         ("scalar", "difference", "off"))
     iterations: int = flag(6000, "reciprocal steps")
     pretrain: int = flag(6000, "supervised steps of pre-training, for the teacher and for a pretrained student")
     teacher_from: str = flag("", "a run or a file whose student's weights replace the teacher's pre-training")
@@ -102,15 +101,16 @@ class Config:
     def check(self) -> "Config":
         """Itself, or BadInput on values that no run can have."""
         positive = ("batch_l", "batch_u", "filters", "windows", "lr_step", "log_every", "eval_every", "save_every")
-        for name in ("iterations", "pretrain", "eval_cases", "seed", "noise", "depth", *positive):
-            if getattr(self, name) < (name in positive):
-                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: too low")
+        low = [name for name in ("iterations", "pretrain", "eval_cases", "seed", "noise", "depth", *positive)
+               if getattr(self, name) < (name in positive)]
         side = 2**self.depth
+        if low:
+            raise BadInput(f"--{low[0].replace('_', '-')} {getattr(self, low[0])}: too low")
         if any(p % side or p < side for p in self.patch):
             raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
                            "2 ** depth; choose such sides or a smaller --depth")
-        if min(self.stride) < 1 or self.lr <= 0:
-            raise BadInput("--stride and --lr must be positive")
+        if min(self.stride) < 1 or not self.lr > 0 or not self.window[0] < self.window[1]:
+            raise BadInput("--stride and --lr must be positive, --window a lower and a higher value")
         return self
 
 
@@ -178,7 +178,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     is sharpened toward its pseudo label, where it did harm (h < 0) it is pushed away. The identity holds for pseudo
     labels sampled from the teacher; argmax, as in the paper, is biased (tests/test_reciprocal.py shows both)."""
     (teacher, student), (t_optimizer, s_optimizer) = nets, optimizers
-    s_weights, lr = list(student.parameters()), s_optimizer.param_groups[0]["lr"]
+    t_weights, s_weights = list(teacher.parameters()), list(student.parameters())
 
     def loss(logits: Tensor, label: Tensor) -> Tensor:
         return dice_ce(logits, label, **LOSSES[cfg.loss])
@@ -198,15 +198,14 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     descend(s_optimizer, s_weights, lesson)
 
     # 2. The exam: the updated student on true labels. A gradient only: nothing is learned from it.
-    exam_grad = contextlib.nullcontext() if cfg.feedback == "scalar" else torch.no_grad()
     if cfg.feedback != "off":
-        with exam_grad, frozen_statistics(student):
+        with torch.set_grad_enabled(cfg.feedback == "scalar"), frozen_statistics(student):
             loss_exam = loss(student(batch["x_l"]), batch["y_l"])
 
     # 3. The feedback h. The labeled part of the lesson owes nothing to the pseudo label, so it is not credited.
     if cfg.feedback == "scalar":
         g_l = torch.autograd.grad(loss_exam, s_weights)
-        feedback = lr * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
+        feedback = s_optimizer.param_groups[0]["lr"] * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
     elif cfg.feedback == "difference":
         feedback = loss_before - loss_exam
     else:
@@ -217,7 +216,6 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     loss_t = loss_l
     if cfg.feedback != "off":
         loss_t = loss_l + dice_ce(t_logits_u, pseudo_label, **LOSSES["ce"], scale=feedback)
-    t_weights = list(teacher.parameters())
     descend(t_optimizer, t_weights, torch.autograd.grad(loss_t, t_weights))
     scalars = dict(loss_l=loss_l, loss_u=loss_u, loss_exam=loss_exam, feedback=feedback)
     return {name: value.detach() for name, value in scalars.items()}
@@ -326,12 +324,10 @@ def stages(cfg: Config) -> list[Stage]:
     if cfg.method == "supervised":
         total = sum(stage.iterations for stage in stages(replace(cfg, method="reciprocal")))
         return [Stage("supervised", supervised_step, ("student",), total)]
-    todo = [Stage("reciprocal", reciprocal_step, ("teacher", "student"), cfg.iterations)]
-    if cfg.student_start == "pretrained" and not cfg.student_from:
-        todo.insert(0, Stage("pre-training of the student", supervised_step, ("student",), cfg.pretrain))
-    if not cfg.teacher_from:
-        todo.insert(0, Stage("pre-training of the teacher", supervised_step, ("teacher",), cfg.pretrain))
-    return todo
+    needed = dict(teacher=not cfg.teacher_from, student=cfg.student_start == "pretrained" and not cfg.student_from)
+    pretrain = [Stage(f"pre-training of the {name}", supervised_step, (name,), cfg.pretrain) for name in needed
+                if needed[name]]
+    return [*pretrain, Stage("reciprocal", reciprocal_step, ("teacher", "student"), cfg.iterations)]
 
 
 def reseed(*numbers: int) -> None:
@@ -345,8 +341,7 @@ def networks(cfg: Config, dataset: data.Dataset, device: torch.device) -> dict[s
     for number, name in enumerate(names):
         reseed(cfg.seed, number)
         net = VNet(dataset.channels, len(dataset.classes), cfg.filters, cfg.depth, cfg.dropout)
-        source = {"student": cfg.student_from, "teacher": cfg.teacher_from}[name]
-        if source:
+        if source := {"student": cfg.student_from, "teacher": cfg.teacher_from}[name]:
             load_weights(net, report.load_checkpoint(source), "student", source)
         nets[name] = net.to(device, memory_format=torch.channels_last_3d)
     return nets
@@ -410,53 +405,35 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path, 
             start = saved["iteration"]
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        pending = []  # what the steps returned and nobody has read yet: reading waits for the device
-        bar = tqdm(range(start, stage.iterations), stage.name, stage.iterations, initial=start, disable=quiet())
+        pending = []  # what the steps returned, not yet read: reading waits for the device
+        bar = tqdm(range(start, stage.iterations), stage.name, stage.iterations, initial=start, disable=QUIET)
         for iteration in bar:
+            lr = learning_rate(cfg, iteration, stage.iterations)
             for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = learning_rate(cfg, iteration, stage.iterations)
+                optimizer.param_groups[0]["lr"] = lr
             reseed(cfg.seed, number, iteration)
             batch = make_batch(cfg, dataset, number, iteration, stage.step is supervised_step, device)
             with autocast(cfg, device):
-                pending.append(stage.step(trained, optimizers, batch, cfg))
+                scalars = stage.step(trained, optimizers, batch, cfg)
 
             done = iteration + 1
+            pending.append(dict(stage=stage.name, iteration=done, lr=lr) | scalars)
             due = [every for every in ("log", "eval", "save")
                    if done % getattr(cfg, every + "_every") == 0 or done == stage.iterations]
             if not due:
                 continue
-            lines = read_scalars(cfg, stage, pending, done)
-            pending.clear()
+            lines, pending = report.read_scalars(pending), []
             if "eval" in due:
                 lines.append(dict(stage=stage.name, iteration=done, dice=curve_point(cfg, dataset, stage.nets, nets)))
             with open(run / "log.jsonl", "a") as log:
                 log.writelines(json.dumps(line) + "\n" for line in lines)
             text = report.progress(lines)
             bar.set_postfix_str(text)
-            if quiet() and ("eval" in due or done % (cfg.log_every * 20) == 0):
+            if QUIET and ("eval" in due or done % (cfg.log_every * 20) == 0):
                 print(f"{stage.name} {done}/{stage.iterations}  {text}", flush=True)
             if "save" in due:
                 save(run / "checkpoint.pt", cfg, dataset, nets, stage=number, iteration=done,
                      optimizers=[optimizer.state_dict() for optimizer in optimizers])
-
-
-def read_scalars(cfg: Config, stage: Stage, pending: list[dict[str, Tensor]], done: int) -> list[dict]:
-    """The lines of the log for the last iterations, in one read from the device; BadInput on NaN or infinity."""
-    lines = []
-    values = torch.stack([torch.stack(list(scalars.values())) for scalars in pending]).tolist()
-    for iteration, row in enumerate(values, done - len(values)):
-        line = dict(stage=stage.name, iteration=iteration + 1, lr=learning_rate(cfg, iteration, stage.iterations))
-        lines.append(line | dict(zip(pending[0], row, strict=True)))
-        for name, value in lines[-1].items():
-            if not isinstance(value, str) and not np.isfinite(value):
-                raise BadInput(f"{stage.name}, iteration {iteration + 1}: {name} is not finite; lower --lr (the last "
-                               "checkpoint is from before)")
-    return lines
-
-
-def quiet() -> bool:
-    """No progress bars where nobody watches them: plain lines instead."""
-    return not sys.stderr.isatty()
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------
@@ -491,7 +468,7 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
     plan = (("test", "predictions", dataset.test), ("transductive", "transductive", scored(dataset)["transductive"]))
     for name, folder, cases in plan:
         (run / folder).mkdir(exist_ok=True)
-        for case in tqdm(cases, f"{name} cases", disable=quiet()):
+        for case in tqdm(cases, f"{name} cases", disable=QUIET):
             case = case.to(device)
             spacing = case.spacing if cfg.spacing == "mm" else None
             for network, net in nets.items() if case.label is not None else [("student", nets["student"])]:
@@ -521,14 +498,9 @@ def add_fields(parser: Parser, *names: str) -> None:
             if isinstance(field.default, bool):
                 kind = dict(action=argparse.BooleanOptionalAction)
             elif isinstance(field.default, tuple):
-                kind = dict(type=type(field.default[0]), nargs=len(field.default), action=Tuple)
+                kind = dict(type=type(field.default[0]), nargs=len(field.default))
             parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                                 help=f"{field.metadata['help']} (default: {field.default})", **kind)
-
-
-class Tuple(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, tuple(values))
 
 
 def train_parser() -> Parser:
@@ -536,6 +508,11 @@ def train_parser() -> Parser:
     parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run")
     add_fields(parser, *(field.name for field in dataclasses.fields(Config)))
     return parser
+
+
+def config_of(values: dict) -> Config:
+    """A checked Config from flags or JSON, where tuples are lists."""
+    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}).check()
 
 
 def pick_device(name: str) -> torch.device:
@@ -559,23 +536,19 @@ def main(arguments: list[str]) -> None:
             raise BadInput(f"--{fixed[0].replace('_', '-')} cannot change in a resumed run; start a new one")
         try:
             config = json.loads((run / "config.json").read_text())
-            config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-            cfg = Config(**config | flags).check()
+            cfg = config_of(config | flags)
         except (OSError, ValueError, TypeError) as error:
             raise BadInput(f"{run / 'config.json'}: not the config of a run ({error})") from None
         saved = report.load_checkpoint(run / "checkpoint.pt") if (run / "checkpoint.pt").exists() else None
     else:
         recipe = data.RECIPES.get(flags.get("data", Config.data), data.RECIPES["folder"])
-        cfg = Config(**recipe | PRESETS[flags.get("preset", Config.preset)] | flags).check()
+        cfg = config_of(recipe | PRESETS[flags.get("preset", Config.preset)] | flags)
     device = pick_device(cfg.device)
     torch.use_deterministic_algorithms(cfg.deterministic)
     torch.backends.cudnn.benchmark = not cfg.deterministic
 
     dataset = data.load(cfg.data, cfg.root, cfg.labeled, cfg.holdout, cfg.normalize, cfg.window)
-    blind = sum(case.label is None for case in dataset.test)
-    counts = (f"labeled {len(dataset.labeled)}, unlabeled {len(dataset.unlabeled)}, test {len(dataset.test)}"
-              + f" ({blind} of them without a label: predicted, not scored)" * bool(blind))
-    print(counts, flush=True)
+    print(dataset, flush=True)
     if cfg.method != "supervised" and not dataset.unlabeled:
         raise BadInput("no unlabeled case to learn from: lower --labeled, or choose --method supervised")
     nets = networks(cfg, dataset, device)
@@ -583,15 +556,11 @@ def main(arguments: list[str]) -> None:
         for name, net in nets.items():
             load_weights(net, saved, name, run)
     run = run or report.new_run(asdict(cfg))
-    data.write(run / "config.json", json.dumps(asdict(cfg), indent=1))
-    cases = {name: [case.name for case in getattr(dataset, name)] for name in ("labeled", "unlabeled", "test")}
-    data.write(run / "cases.json", json.dumps(cases, indent=1))
-    data.write(run / "environment.json", json.dumps(report.environment(device), indent=1))
+    report.describe(run, asdict(cfg), dataset, device)
     report.rewind_log(run / "log.jsonl", [stage.name for stage in stages(cfg)], saved)
-
     train(cfg, dataset, nets, run, saved)
     save(run / "student.pt", cfg, dataset, {"student": nets["student"]})
-    report.conclude(asdict(cfg), counts, *test(cfg, dataset, nets, run), run)
+    report.conclude(asdict(cfg), str(dataset), *test(cfg, dataset, nets, run), run)
 
 
 def predict(arguments: list[str]) -> None:
@@ -604,18 +573,15 @@ def predict(arguments: list[str]) -> None:
     flags = vars(parser.parse_args(arguments))
     source, target, checkpoint, network = (flags.pop(n) for n in ("input", "output", "checkpoint", "network"))
     saved = report.load_checkpoint(checkpoint)
-    cfg = Config(**saved["config"] | flags).check()
+    cfg = config_of(saved["config"] | flags)
     device = pick_device(cfg.device)
     net = VNet(saved["channels"], len(saved["classes"]), cfg.filters, cfg.depth, cfg.dropout)
     load_weights(net, saved, network, checkpoint)
     net = net.to(device, memory_format=torch.channels_last_3d).eval()
     images = data.find_images(source)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{target}: cannot be made ({error.strerror})") from None
+    data.make_folder(target)
     failed = []
-    for name, paths in tqdm(images.items(), "predicting", disable=quiet()):
+    for name, paths in tqdm(images.items(), "predicting", disable=QUIET):
         try:
             case = data.read_case(name, paths, None, saved["classes"], cfg.normalize, cfg.window)
             if len(case.image) != saved["channels"]:

@@ -23,13 +23,17 @@ def new_run(config: dict) -> Path:
     name = f"{Path(config['data']).resolve().name}-{config['method']}-{config['labeled']:g}-seed{config['seed']}"
     numbered = (Path("runs", name + suffix) for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
     run = Path(config["out"]) if config["out"] else next(path for path in numbered if not path.exists())
-    try:
-        run.mkdir(parents=True)
-    except FileExistsError:
-        raise BadInput(f"--out {run}: exists; --resume {run} goes on with it, or choose another folder") from None
-    except OSError as error:
-        raise BadInput(f"--out {run}: cannot be made ({error.strerror})") from None
+    if run.exists():
+        raise BadInput(f"--out {run}: exists; --resume {run} goes on with it, or choose another folder")
+    data.make_folder(run)
     return run
+
+
+def describe(run: Path, config: dict, dataset: data.Dataset, device: torch.device) -> None:
+    """config.json, cases.json (the split) and environment.json."""
+    cases = {name: [case.name for case in getattr(dataset, name)] for name in ("labeled", "unlabeled", "test")}
+    for name, content in (("config", config), ("cases", cases), ("environment", environment(device))):
+        data.write(run / f"{name}.json", json.dumps(content, indent=1))
 
 
 def environment(device: torch.device) -> dict:
@@ -78,6 +82,20 @@ def rewind_log(path: Path, stages: list[str], saved: dict | None) -> None:
             if (stages.index(entry["stage"]), entry["iteration"]) <= reached:
                 kept.append(line)
     data.write(path, "".join(kept))
+
+
+def read_scalars(pending: list[dict]) -> list[dict]:
+    """Lines of the log whose scalars are still tensors, with numbers, in one read from the device; BadInput if one is
+    NaN or infinite."""
+    names = [name for name, value in pending[0].items() if torch.is_tensor(value)]
+    values = torch.stack([torch.stack([line[name] for name in names]) for line in pending]).tolist()
+    lines = [line | dict(zip(names, row, strict=True)) for line, row in zip(pending, values, strict=True)]
+    for line, row in zip(lines, values, strict=True):
+        if not np.isfinite(row).all():
+            wrong = next(name for name in names if not np.isfinite(line[name]))
+            raise BadInput(f"{line['stage']}, iteration {line['iteration']}: {wrong} is not finite; lower --lr (the "
+                           "last checkpoint is from before)")
+    return lines
 
 
 def progress(lines: list[dict]) -> str:
