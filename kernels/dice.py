@@ -68,11 +68,12 @@ def reference(
     for c, log_p in enumerate(z.log_softmax(1).unbind(1)):  # (B, V) each
         t = ((y == c) & counted).to(z.dtype)
         nll = nll - (log_p * t).sum()
-        if c or background:
+        if dice and (c or background):
             p = log_p.exp() * counted
             size = (p * p if form == "batch" else p).sum(axes) + t.sum(axes)
             losses.append(1 - (2 * (p * t).sum(axes) + EPSILON) / (size + EPSILON))
-    loss = ce * nll / counted.sum().clamp(min=1) + dice * torch.stack(losses).mean()
+    loss = ce * nll / counted.sum().clamp(min=1)
+    loss = loss + dice * torch.stack(losses).mean() if dice else loss
     return loss if scale is None else loss * scale.detach()
 
 

@@ -480,3 +480,11 @@ def test_readme_commands_are_understood():
         arguments = shlex.split(line)
         if arguments[:1] != ["predict"]:
             reciprocal.train_parser().parse_args(arguments)
+
+
+def test_readme_line_counts_are_true():
+    root = Path(__file__).parent.parent
+    counts = dict(re.findall(r"^\| \[?`?([\w/]+\.py)[^|]*\| (\d+) \|", (root / "README.md").read_text(), re.M))
+    assert set(counts) >= {"reciprocal.py", "data.py", "metrics.py", "kernels/dice.py", "kernels/surface.py"}
+    for name, count in counts.items():
+        assert len((root / name).read_text().splitlines()) == int(count), name
