@@ -216,7 +216,7 @@ def surface(args) -> list[dict]:
 
 
 BENCHES = {"train": train, "dice": dice, "surface": surface}
-SIZES = {"train": (48, 48, 32), "dice": (112, 112, 80), "surface": (190, 140, 88)}
+SIZES = {"train": (64, 64, 48), "dice": (112, 112, 80), "surface": (190, 140, 88)}
 
 
 def main() -> None:
