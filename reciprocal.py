@@ -303,7 +303,8 @@ def predict_label(net: nn.Module, image: Tensor, cfg: Config, quick: bool = Fals
 def autocast(cfg: Config, device: torch.device):
     """Autocast to bf16 where asked for; by default on CUDA, never on a CPU, where it is slower than float32."""
     bf16 = cfg.amp == "bf16" or (cfg.amp == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    # Without the cache of cast weights: within one step the exam would still see the student from before the lesson.
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -360,17 +361,17 @@ def make_batch(cfg: Config, dataset: data.Dataset, stage: int, iteration: int, s
     """The patches of one step; they depend on the seed, the stage and the iteration alone."""
 
     def patches(cases: list[data.Case], n: int, role: int, labeled: bool = True):
-        image, label = data.draw(cases, n, cfg.patch, seed=cfg.seed, stream=3 * stage + role, iteration=iteration,
+        image, label = data.draw(cases, n, cfg.patch, seed=cfg.seed, stream=2 * stage + role, iteration=iteration,
                                  augment=cfg.augment, noise=cfg.noise, labeled=labeled, device=device)
         return image.contiguous(memory_format=torch.channels_last_3d), label
 
-    x_l, y_l = patches(dataset.labeled, cfg.batch_l + supervised * cfg.batch_u, 0)
-    batch = dict(x_l=x_l, y_l=y_l)
-    if not supervised:
-        batch["x_u"], _ = patches(dataset.unlabeled, cfg.batch_u, 1, labeled=False)
-        if cfg.lesson == "both":
-            batch["x_s"], batch["y_s"] = patches(dataset.labeled, cfg.batch_l, 2)
-    return batch
+    if supervised:
+        return dict(zip(("x_l", "y_l"), patches(dataset.labeled, cfg.batch_l + cfg.batch_u, 0), strict=True))
+    # One draw without replacement: the exam's cases are not those of the lesson while there are enough of them.
+    image, label = patches(dataset.labeled, cfg.batch_l * (2 if cfg.lesson == "both" else 1), 0)
+    (x_l, *x_s), (y_l, *y_s) = image.split(cfg.batch_l), label.split(cfg.batch_l)
+    x_u, _ = patches(dataset.unlabeled, cfg.batch_u, 1, labeled=False)
+    return dict(x_l=x_l, y_l=y_l, x_u=x_u) | (dict(x_s=x_s[0], y_s=y_s[0]) if x_s else {})
 
 
 def save(path: Path, cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], **progress) -> None:
@@ -411,7 +412,7 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path, 
             lr = learning_rate(cfg, iteration, stage.iterations)
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = lr
-            reseed(cfg.seed, number, iteration)
+            reseed(cfg.seed, number, iteration + 1)  # 0 stands for the weights
             batch = make_batch(cfg, dataset, number, iteration, stage.step is supervised_step, device)
             with autocast(cfg, device):
                 scalars = stage.step(trained, optimizers, batch, cfg)
