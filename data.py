@@ -58,9 +58,26 @@ def cli(main: Callable[[], int | None]) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; lower --patch, --batch-l, --batch-u or --windows", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise BadInput(f"--device {name}: not available here; `--device cpu` always is") from None
+    return device
 
 
 @dataclass
@@ -92,6 +109,15 @@ class Dataset:
     test: list[Case]  # may lack a label: predicted, not scored
     classes: list[str]  # names, background first
     channels: int
+
+    def to(self, device: torch.device) -> "Dataset":
+        """Training cases on the GPU where they fill less than half of it: their patches are cut there."""
+        cases = self.labeled + self.unlabeled
+        size = sum(x.numel() * x.element_size() for c in cases for x in (c.image, c.label) if x is not None)
+        if device.type != "cuda" or 2 * size > torch.cuda.mem_get_info(device)[0]:
+            return self
+        there = [case.to(device) for case in cases]
+        return replace(self, labeled=there[: len(self.labeled)], unlabeled=there[len(self.labeled) :])
 
     def __str__(self) -> str:
         blind = sum(case.label is None for case in self.test)
@@ -221,8 +247,10 @@ def read_h5(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         with h5py.File(path) as file:
             image, label = file["image"][()], file["label"][()] if "label" in file else None
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: no readable h5 file with an 'image' ({error}); copy it again") from None
+    if image.dtype.kind not in "iuf" or not image.size:
+        raise BadInput(f"{path}: its image is empty or not of numbers; copy it again")
     if image.ndim != 3 or label is not None and label.shape != image.shape:
         raise BadInput(f"{path}: image or label of another shape than the image's three axes, {image.shape}")
     return image[None], label
@@ -352,7 +380,7 @@ def scan_h5(folder: Path) -> tuple[list, list, list[str], int, list[str], list[s
     that do not; no voxel is read."""
     parts = []
     for path in (folder / "train.list", folder / "test.list"):
-        names = path.read_text().split() if path.is_file() else []
+        names = path.read_bytes().decode(errors="replace").split() if path.is_file() else []
         files = [folder / "2018LA_Seg_Training Set" / name / "mri_norm2.h5" for name in names]
         parts.append([(file.parent.name, [file], file) for file in files])  # no list can name another folder
     return *parts, ["background", "left atrium"], 1, [], []
@@ -371,7 +399,7 @@ def scan_nifti(folder: Path) -> tuple[list, list, list[str], int, list[str], lis
                    for name, value in spec["labels"].items()}  # nnU-Net has name: integer, MSD integer: name
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: invalid, or lacks channel_names (modality) or labels: {error!r}") from None
-    if sorted(classes) != list(range(len(classes))) or "ignore" in classes.values() or len(classes) > 256:
+    if sorted(classes) != list(range(len(classes))) or "ignore" in classes.values() or not 2 <= len(classes) <= 256:
         raise BadInput(f"{path}: labels must be 0 (background), 1, 2, ... without a gap, and none 'ignore'")
     for part in ("Tr", "Ts"):
         images = group(folder / f"images{part}", numbered="channel_names" in spec)
@@ -408,7 +436,8 @@ def gather(folder: Path, normalize: str, window: tuple[float, float]) -> tuple[D
     train, test = ([c for c in part if isinstance(c, Case)] for part in (found[: len(train)], found[len(train) :]))
     seen = {}
     for case in train + test:
-        content = hashlib.blake2b(case.image.numpy()).digest()
+        levels = b"" if case.levels is None else case.levels.numpy().tobytes()
+        content = hashlib.blake2b(case.image.numpy().tobytes() + levels + repr(case.image.shape).encode()).digest()
         if twin := seen.get(case.name) or seen.get(content):
             faults.append(f"{folder}: cases {twin} and {case.name} have one name or image; remove or rename one")
         seen[case.name] = seen[content] = case.name
@@ -439,9 +468,11 @@ def load(data: str, root: str, labeled: float, holdout: float, normalize: str,
         found, faults, _ = gather(folder, normalize, window)
         if faults:
             raise BadInput(f"{faults[0]} (one of {len(faults)}, see python data.py check {folder})")
+    if not 0 <= holdout < 1 or not labeled > 0:
+        raise BadInput(f"--holdout {holdout:g}, --labeled {labeled:g}: shares from 0 to 1, or a number of labels")
     keep = len(found.labeled) - math.floor(holdout * len(found.labeled) + 0.5)
     n = math.floor(labeled * keep + 0.5) if labeled <= 1 else labeled
-    if not 0 <= holdout < 1 or n not in range(1, keep + 1):
+    if n not in range(1, keep + 1):
         raise BadInput(f"{data}: --labeled {labeled:g} is {n:g} of the {keep} labeled cases that --holdout "
                        f"{holdout:g} leaves; choose a share up to 1, or a number from 2 to {keep}")
     cases, n = found.labeled, int(n)

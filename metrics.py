@@ -76,7 +76,7 @@ def score_classes(prediction, label, classes: list[str] | dict[int, str], spacin
     spacing = _spacing(prediction, label, spacing)
     names = classes if isinstance(classes, dict) else dict(enumerate(classes))
     names = {value: name for value, name in names.items() if value != 0}
-    if torch.is_tensor(prediction) and prediction.is_cuda and prediction.ndim == 3:
+    if torch.is_tensor(prediction) and prediction.is_cuda and prediction.ndim == 3 and max(prediction.shape) <= 1024:
         from kernels.surface import surface_scores  # here, for Triton takes long to import
 
         values = torch.tensor(list(names), device=prediction.device)[:, None, None, None]

@@ -49,7 +49,7 @@ class Config:
     """Every field is a flag of the command line and is saved in the run. Values come from here, then from the data
     set's recipe (`data.RECIPES`), then from the preset, then from the flags."""
 
-    data: str = flag("phantom", f"a data set by name ({', '.join(data.RECIPES)}) or a folder of your own")
+    data: str = flag("phantom", f"a data set by name (phantom, {', '.join(data.SOURCES)}) or a folder of your own")
     root: str = flag("", "where the named data set lies (default: data/NAME)")
     labeled: float = flag(0.2, "labeled training cases to use: a share, or a count if over 1")
     holdout: float = flag(0.2, "share of the labeled cases kept out of training and scored as test cases")
@@ -109,7 +109,7 @@ class Config:
         if any(p % side or p < side for p in self.patch):
             raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
                            "2 ** depth; choose such sides or a smaller --depth")
-        if min(self.stride) < 1 or not self.lr > 0 or not self.window[0] < self.window[1]:
+        if min(self.stride) < 1 or not 0 < self.lr < 1e38 or not self.window[0] < self.window[1]:
             raise BadInput("--stride and --lr must be positive, --window a lower and a higher value")
         return self
 
@@ -186,7 +186,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     t_logits_u = teacher(batch["x_u"])  # (B_u, classes, D, H, W), graph kept for the feedback
     pseudo_label = t_logits_u.detach().argmax(1).to(torch.uint8)  # (B_u, D, H, W)
     if cfg.feedback == "difference":
-        with torch.no_grad(), frozen_statistics(student):
+        with torch.no_grad(), exam(student, dropout=False):
             loss_before = loss(student(batch["x_l"]), batch["y_l"])
 
     # 1. The lesson: the student sees only the pseudo label (and, with `--lesson both`, labeled patches of its own).
@@ -199,10 +199,10 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
 
     # 2. The exam: the updated student on true labels. A gradient only: nothing is learned from it.
     if cfg.feedback != "off":
-        with torch.set_grad_enabled(cfg.feedback == "scalar"), frozen_statistics(student):
+        with torch.set_grad_enabled(cfg.feedback == "scalar"), exam(student, dropout=cfg.feedback == "scalar"):
             loss_exam = loss(student(batch["x_l"]), batch["y_l"])
 
-    # 3. The feedback h. The labeled part of the lesson owes nothing to the pseudo label, so it is not credited.
+    # 3. The feedback h. The labeled part of the lesson owes nothing to the pseudo label: the scalar credits g_u alone.
     if cfg.feedback == "scalar":
         g_l = torch.autograd.grad(loss_exam, s_weights)
         feedback = s_optimizer.param_groups[0]["lr"] * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
@@ -238,15 +238,22 @@ def descend(optimizer: Optimizer, weights: list[Tensor], gradients) -> None:
 
 
 @contextlib.contextmanager
-def frozen_statistics(net: nn.Module):
-    """Batch statistics normalize as in training, but leave no trace in the running ones: an exam teaches nothing."""
+def exam(net: nn.Module, dropout: bool = True):
+    """An exam teaches nothing: batch statistics normalize as in training, but leave no trace in the running ones.
+    Two exams are compared without dropout, or its chance would be all their difference."""
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm3d)]
     momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    yield
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        for module in net.modules():
+            if isinstance(module, nn.Dropout3d):
+                module.train(dropout)
+        yield
+    finally:
+        net.train()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 # ---- inference ----------------------------------------------------------------------------------------------------
@@ -258,28 +265,32 @@ def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, keep
     A volume smaller than the patch is padded. The sums stay on the image's device and fall back to the host when
     that runs out of memory (`keep_on`). `net` is used as it is: call net.eval() first."""
     padded = data.pad(image, patch)
-    sizes = list(zip(padded.shape[1:], patch, stride, strict=True))
+    sizes = list(zip(padded.shape[1:], patch, map(min, stride, patch), strict=True))  # a larger stride leaves gaps
     starts = [sorted({min(start, size - p) for start in range(0, size - p + s, s)}) for size, p, s in sizes]
     boxes = [(..., *(slice(a, a + p) for a, p in zip(corner, patch, strict=True)))
              for corner in itertools.product(*starts)]
-    keep_on = keep_on or image.device
-    total, visits = None, torch.zeros(padded.shape[1:], device=keep_on)
+    keep_on = torch.device(keep_on or image.device)
+    total, visits, full = None, None, False
     try:
         for some in (boxes[i : i + windows] for i in range(0, len(boxes), windows)):
             x = torch.stack([padded[box] for box in some])  # (windows, C, *patch)
             probs = net(x.contiguous(memory_format=torch.channels_last_3d)).float().softmax(1).to(keep_on)
             if total is None:
                 total = torch.zeros(probs.shape[1], *padded.shape[1:], device=keep_on)
+                visits = torch.zeros(padded.shape[1:], device=keep_on)
             for box, prob in zip(some, probs, strict=True):
                 total[box] += prob
                 visits[box] += 1
+        total /= visits
     except torch.OutOfMemoryError:
-        if torch.device(keep_on).type == "cpu":
+        if keep_on.type == "cpu":
             raise
-        total = None  # frees the device's share before the second try
-        return segment(net, image, patch, stride, windows, keep_on="cpu")
+        full = True
+    if full:  # out here, where the exception no longer holds on to what did not fit
+        del total, visits, padded
+        return segment(net, image, patch, stride, 1, keep_on="cpu")
     low = [(have - want) // 2 for have, want in zip(total.shape[1:], image.shape[1:], strict=True)]
-    return (total / visits)[(..., *(slice(a, a + n) for a, n in zip(low, image.shape[1:], strict=True)))]
+    return total[(..., *(slice(a, a + n) for a, n in zip(low, image.shape[1:], strict=True)))]
 
 
 def predict_label(net: nn.Module, image: Tensor, cfg: Config, quick: bool = False) -> Tensor:
@@ -336,25 +347,18 @@ def reseed(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def networks(cfg: Config, dataset: data.Dataset, device: torch.device) -> dict[str, VNet]:
+def networks(cfg: Config, dataset: data.Dataset, device: torch.device, saved: dict | None) -> dict[str, VNet]:
     names = ("student",) if cfg.method == "supervised" else ("student", "teacher")
     nets = {}
     for number, name in enumerate(names):
         reseed(cfg.seed, number)
         net = VNet(dataset.channels, len(dataset.classes), cfg.filters, cfg.depth, cfg.dropout)
-        if source := {"student": cfg.student_from, "teacher": cfg.teacher_from}[name]:
-            load_weights(net, report.load_checkpoint(source), "student", source)
+        if saved:
+            report.load_weights(net, saved, name, "checkpoint.pt")
+        elif source := {"student": cfg.student_from, "teacher": cfg.teacher_from}[name]:
+            report.load_weights(net, report.load_checkpoint(source), "student", source)
         nets[name] = net.to(device, memory_format=torch.channels_last_3d)
     return nets
-
-
-def load_weights(net: VNet, saved: dict, name: str, source) -> None:
-    try:
-        net.load_state_dict(saved["nets"][name])
-    except KeyError:
-        raise BadInput(f"{source}: holds no {name}, only {', '.join(saved['nets'])}") from None
-    except RuntimeError:
-        raise BadInput(f"{source}: weights of another network; channels, classes, filters and depth differ") from None
 
 
 def make_batch(cfg: Config, dataset: data.Dataset, stage: int, iteration: int, supervised: bool, device) -> dict:
@@ -378,6 +382,8 @@ def save(path: Path, cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], 
     """Weights and all that `predict` and `--resume` need to know about them."""
     content = dict(config=asdict(cfg), classes=dataset.classes, channels=dataset.channels)
     weights = {name: net.state_dict() for name, net in nets.items()}
+    if not all(value.isfinite().all() for net in weights.values() for value in net.values()):
+        raise BadInput("weights are no longer finite; lower --lr (the last checkpoint is from before)")
     report.save_checkpoint(path, content | dict(nets=weights) | progress)
 
 
@@ -501,7 +507,7 @@ def add_fields(parser: Parser, *names: str) -> None:
             elif isinstance(field.default, tuple):
                 kind = dict(type=type(field.default[0]), nargs=len(field.default))
             parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                help=f"{field.metadata['help']} (default: {field.default})", **kind)
+                                help=f"{field.metadata['help']} (default: {field.default}, or the recipe's)", **kind)
 
 
 def train_parser() -> Parser:
@@ -513,18 +519,10 @@ def train_parser() -> Parser:
 
 def config_of(values: dict) -> Config:
     """A checked Config from flags or JSON, where tuples are lists."""
-    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}).check()
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise BadInput(f"--device {name}: not available here; `--device cpu` always is") from None
-    return device
+        return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}).check()
+    except TypeError as error:
+        raise BadInput(f"not the config of a run of this version ({error})") from None
 
 
 def main(arguments: list[str]) -> None:
@@ -538,29 +536,29 @@ def main(arguments: list[str]) -> None:
         try:
             config = json.loads((run / "config.json").read_text())
             cfg = config_of(config | flags)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise BadInput(f"{run / 'config.json'}: not the config of a run ({error})") from None
         saved = report.load_checkpoint(run / "checkpoint.pt") if (run / "checkpoint.pt").exists() else None
+        if saved and saved["iteration"] > stages(cfg)[saved["stage"]].iterations:
+            raise BadInput(f"--iterations {cfg.iterations}: the run is at {saved['iteration']} already")
     else:
         recipe = data.RECIPES.get(flags.get("data", Config.data), data.RECIPES["folder"])
         cfg = config_of(recipe | PRESETS[flags.get("preset", Config.preset)] | flags)
-    device = pick_device(cfg.device)
+    device = data.pick_device(cfg.device)
     torch.use_deterministic_algorithms(cfg.deterministic)
     torch.backends.cudnn.benchmark = not cfg.deterministic
 
-    dataset = data.load(cfg.data, cfg.root, cfg.labeled, cfg.holdout, cfg.normalize, cfg.window)
+    dataset = data.load(cfg.data, cfg.root, cfg.labeled, cfg.holdout, cfg.normalize, cfg.window).to(device)
     print(dataset, flush=True)
     if cfg.method != "supervised" and not dataset.unlabeled:
         raise BadInput("no unlabeled case to learn from: lower --labeled, or choose --method supervised")
-    nets = networks(cfg, dataset, device)
-    if saved:
-        for name, net in nets.items():
-            load_weights(net, saved, name, run)
+    nets = networks(cfg, dataset, device, saved)
     run = run or report.new_run(asdict(cfg))
     report.describe(run, asdict(cfg), dataset, device)
     report.rewind_log(run / "log.jsonl", [stage.name for stage in stages(cfg)], saved)
     train(cfg, dataset, nets, run, saved)
     save(run / "student.pt", cfg, dataset, {"student": nets["student"]})
+    torch.backends.cudnn.benchmark = False  # every volume has a shape of its own
     report.conclude(asdict(cfg), str(dataset), *test(cfg, dataset, nets, run), run)
 
 
@@ -575,11 +573,13 @@ def predict(arguments: list[str]) -> None:
     source, target, checkpoint, network = (flags.pop(n) for n in ("input", "output", "checkpoint", "network"))
     saved = report.load_checkpoint(checkpoint)
     cfg = config_of(saved["config"] | flags)
-    device = pick_device(cfg.device)
+    device = data.pick_device(cfg.device)
     net = VNet(saved["channels"], len(saved["classes"]), cfg.filters, cfg.depth, cfg.dropout)
-    load_weights(net, saved, network, checkpoint)
+    report.load_weights(net, saved, network, checkpoint)
     net = net.to(device, memory_format=torch.channels_last_3d).eval()
     images = data.find_images(source)
+    if any((target / f"{name}.nii.gz").resolve() == path.resolve() for name, paths in images.items() for path in paths):
+        raise BadInput(f"-o {target}: predictions would overwrite the images there; choose another folder")
     data.make_folder(target)
     failed = []
     for name, paths in tqdm(images.items(), "predicting", disable=QUIET):

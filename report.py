@@ -1,5 +1,6 @@
 """A run's folder: its checkpoints and log, the pictures and the rows beside its own in the final table."""
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -30,8 +31,11 @@ def new_run(config: dict) -> Path:
 
 
 def describe(run: Path, config: dict, dataset: data.Dataset, device: torch.device) -> None:
-    """config.json, cases.json (the split) and environment.json."""
+    """config.json, cases.json (the split) and environment.json; BadInput if a resumed run finds another split."""
     cases = {name: [case.name for case in getattr(dataset, name)] for name in ("labeled", "unlabeled", "test")}
+    before = run / "cases.json"
+    if before.exists() and json.loads(before.read_text()) != cases:
+        raise BadInput(f"{before}: the data set has other cases now; bring back those of this file, or start a new run")
     for name, content in (("config", config), ("cases", cases), ("environment", environment(device))):
         data.write(run / f"{name}.json", json.dumps(content, indent=1))
 
@@ -72,14 +76,23 @@ def load_checkpoint(path: str | Path) -> dict:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
+def load_weights(net: torch.nn.Module, saved: dict, name: str, source) -> None:
+    try:
+        net.load_state_dict(saved["nets"][name])
+    except KeyError:
+        raise BadInput(f"{source}: holds no {name}, only {', '.join(saved['nets'])}") from None
+    except RuntimeError:
+        raise BadInput(f"{source}: weights of another network; channels, classes, filters and depth differ") from None
+
+
 def rewind_log(path: Path, stages: list[str], saved: dict | None) -> None:
     """Drop what was logged after the checkpoint `saved`: it will be done, and logged, again."""
     reached = (saved["stage"], saved["iteration"]) if saved else (0, 0)
     kept = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-        if line.endswith("\n"):  # the last one may be torn
+        with contextlib.suppress(ValueError):  # a torn line
             entry = json.loads(line)
-            if (stages.index(entry["stage"]), entry["iteration"]) <= reached:
+            if line.endswith("\n") and (stages.index(entry["stage"]), entry["iteration"]) <= reached:
                 kept.append(line)
     data.write(path, "".join(kept))
 
@@ -111,15 +124,17 @@ def title(config: dict) -> str:
     return f"{Path(config['data']).name} {config['method']}{preset}, seed {config['seed']}{synthetic}"
 
 
-def lower_bounds(config: dict, run: Path) -> list[dict]:
-    """Summaries of the supervised runs beside this one, on the same cases for as many iterations."""
-    same = ("data", "root", "labeled", "holdout", "seed", "filters", "depth", "patch", "iterations", "pretrain")
+def lower_bounds(summary: dict, run: Path) -> list[dict]:
+    """Summaries of the supervised runs beside this one: the same cases, as many iterations, scored alike."""
+    same, scoring = ("cases", "iterations"), ("data", "seed", "spacing", "stride", "patch", "largest_component")
     rows = []
-    for path in sorted(run.parent.glob("*/summary.json")) if config["method"] != "supervised" else ():
-        other = json.loads(path.read_text())
-        known = other["config"]
-        if known["method"] == "supervised" and all(known[n] == json.loads(json.dumps(config[n])) for n in same):
-            rows += [row | dict(network=f"lower bound ({path.parent.name})") for row in other["scores"]]
+    for path in sorted(run.parent.glob("*/summary.json")) if summary["config"]["method"] != "supervised" else ():
+        with contextlib.suppress(OSError, ValueError, KeyError):  # not a summary of this version
+            other = json.loads(path.read_text())
+            alike = [other[name] == summary[name] for name in same]
+            alike += [other["config"][name] == summary["config"][name] for name in scoring]
+            if other["config"]["method"] == "supervised" and all(alike):
+                rows += [row | dict(network=f"lower bound ({path.parent.name})") for row in other["scores"]]
     return rows
 
 
@@ -132,14 +147,18 @@ def read_log(path: Path) -> list[tuple[str, list[dict]]]:
 def conclude(config: dict, counts: str, rows: list[dict], panels: list[tuple], run: Path) -> None:
     """metrics.csv, summary.json, the pictures and the final table of a run."""
     scores = metrics.summarize(rows)
-    summary = dict(config=config, counts=counts, synthetic=config["data"] == "phantom", scores=scores)
+    iterations = sum(len([line for line in lines if "lr" in line]) for _, lines in read_log(run / "log.jsonl"))
+    summary = dict(config=config, counts=counts, synthetic=config["data"] == "phantom", iterations=iterations,
+                   cases=json.loads((run / "cases.json").read_text()), scores=scores)
+    summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)  # JSON has no NaN
     data.write(run / "summary.json", json.dumps(summary, indent=1))
     data.write(run / "curves.png", curves(run / "log.jsonl", title(config)))
-    data.write(run / "overlay.png", overlay(panels, title(config)))
+    if panels:
+        data.write(run / "overlay.png", overlay(panels, title(config)))
     print(f"\n{title(config)}: {counts}")
     if scores:
         metrics.write_csv(run / "metrics.csv", rows)
-        print(metrics.table(scores + lower_bounds(config, run), config["spacing"]))
+        print(metrics.table(scores + lower_bounds(summary, run), config["spacing"]))
     else:
         print("No case with a label to score: predictions only.")
     print(f"\n{run}: predictions/, metrics.csv, curves.png, overlay.png, student.pt")
@@ -153,7 +172,7 @@ def curves(log: Path, title: str) -> bytes:
     import matplotlib.pyplot as plt
 
     stages = read_log(log)
-    panels = 3 if any("feedback" in lines[0] for _, lines in stages) else 2  # `supervised` has no feedback
+    panels = 3 if any(line.get("feedback") for _, lines in stages for line in lines) else 2
     figure, axes = plt.subplots(panels, 1, figsize=(9, 2.7 * panels), sharex=True, constrained_layout=True)
     losses, feedback, dice = axes[0], axes[1], axes[-1]
     begin, colors, dice_curves = 0, {}, {}
@@ -166,7 +185,7 @@ def curves(log: Path, title: str) -> bytes:
             width = max(1, len(y) // 50)
             losses.plot(x, y, color=color, alpha=0.2, lw=0.5)
             losses.plot(x[width - 1 :], np.convolve(y, np.ones(width) / width, "valid"), color=color, label=name)
-        if "feedback" in steps[0]:
+        if panels == 3 and "feedback" in steps[0]:
             feedback.plot(x, [line["feedback"] for line in steps], "k.", ms=2)
             feedback.set_ylim(np.array([-1.1, 1.1]) * np.percentile([abs(line["feedback"]) for line in steps], 99))
         for line in lines:
@@ -211,7 +230,7 @@ def overlay(panels: list[tuple], title: str) -> bytes:
         masks = [prediction] if case.label is None else [case.label.numpy(), prediction]
         shown = masks[0] if masks[0].any() else prediction
         low, high = np.percentile(image, (1, 99))
-        text = f"{case.name}, {name}" + (f", Dice {100 * dice:.1f}\n" if dice == dice else ", no label\n")
+        text = f"{case.name}, {name}, {'no label' if case.label is None else f'Dice {100 * dice:.1f}'}\n"
         for plane, axis in enumerate(row):
             others = tuple(i for i in range(3) if i != plane)
             index = int((shown > 0).sum(others).argmax()) if shown.any() else image.shape[plane] // 2
@@ -219,7 +238,7 @@ def overlay(panels: list[tuple], title: str) -> bytes:
                         aspect=case.spacing[others[1]] / case.spacing[others[0]])
             for mask, style in zip(masks[::-1], ("dashed", "solid"), strict=False):
                 cut = mask.take(index, plane).T
-                for value in np.unique(cut[cut > 0]):
+                for value in np.unique(cut[cut > 0]) if min(cut.shape) > 1 else ():  # a line has no contour
                     axis.contour(cut == value, [0.5], colors=[plt.cm.tab10.colors[int(value) % 10]], linestyles=style,
                                  linewidths=1.2)
             axis.set_axis_off()

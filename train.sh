@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 if [ ! -e .venv/installed ] || [ pyproject.toml -nt .venv/installed ] || [ constraints.txt -nt .venv/installed ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         { echo "error: Python 3.11 or newer is needed, python3 is $(python3 --version)" >&2; exit 2; }
-    [ -e .venv ] || python3 -m venv .venv
+    python3 -m venv .venv
     # Only the dependencies are installed: the modules run from this folder.
     python3 - <<'PYTHON' >.venv/requirements.txt
 import tomllib

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import data
 import kernels.dice
 import reciprocal
 import report
-from reciprocal import Config, VNet, frozen_statistics, reciprocal_step, segment, stages, supervised_step
+from reciprocal import Config, VNet, exam, reciprocal_step, segment, stages, supervised_step
 
 TINY = shlex.split("--patch 16 16 16 --stride 8 8 8 --filters 2 --depth 2 --batch-l 1 --batch-u 1 --iterations 4 "
                    "--pretrain 2 --log-every 1 --eval-every 2 --eval-cases 1 --save-every 2 --device cpu")
@@ -207,12 +208,33 @@ def test_feedback_reaches_the_teacher_and_off_does_not():
 def test_exam_leaves_no_trace_in_the_running_statistics():
     net = VNet(1, 2, filters=2, depth=1).train()
     before = {name: buffer.clone() for name, buffer in net.named_buffers() if "running" in name}
-    with frozen_statistics(net):
+    with exam(net):
         net(torch.randn(2, 1, 4, 4, 4))
     after = dict(net.named_buffers())
     assert all(torch.equal(buffer, after[name]) for name, buffer in before.items())
     net(torch.randn(2, 1, 4, 4, 4))
     assert not any(torch.equal(buffer, after[name]) for name, buffer in before.items())
+
+
+def test_exam_under_autocast_sees_the_student_after_the_lesson():
+    """Autocast may keep the cast weights of the student from before the lesson; ours must not."""
+    feedback = []
+    for amp in ("off", "bf16"):
+        nets, batch = networks_and_batch()
+        cfg = replace(Config(), lr=1.0, amp=amp)
+        optimizers = [reciprocal.make_optimizer(cfg, net) for net in nets]
+        with reciprocal.autocast(cfg, torch.device("cpu")):
+            feedback.append(reciprocal_step(nets, optimizers, batch, cfg)["feedback"].item())
+    assert feedback[1] == pytest.approx(feedback[0], rel=0.2)
+
+
+def test_measured_feedback_is_free_of_dropout():
+    """A lesson that changes nothing has no feedback, whatever the dropout."""
+    nets, batch = networks_and_batch(dropout=True)
+    cfg = replace(Config(), lr=1e-30, feedback="difference")
+    optimizers = [reciprocal.make_optimizer(cfg, net) for net in nets]
+    assert reciprocal_step(nets, optimizers, batch, cfg)["feedback"] == 0
+    assert all(module.training for net in nets for module in net.modules())
 
 
 def test_step_never_waits_for_the_device(monkeypatch):
@@ -246,6 +268,11 @@ class Position(nn.Module):
     def forward(self, x):
         ramp = torch.linspace(-2, 2, x[0, 0].numel()).view(x.shape[2:])
         return torch.stack([x[:, 0] * ramp, x[:, 0] - ramp], 1)
+
+
+def test_stride_larger_than_the_patch_leaves_no_gap():
+    image = torch.randn(1, 20, 8, 8)
+    assert torch.equal(segment(Position(), image, (8, 8, 8), (16, 16, 16)), segment(Position(), image, (8, 8, 8), (8, 8, 8)))
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 8), (13, 9, 17), (5, 20, 8), (3, 4, 5)])
@@ -386,6 +413,29 @@ def test_predict_goes_on_after_a_bad_file(folder, finished, tmp_path, capsys):
     assert cli("predict", "-i", images / "case0_0000.nii.gz", "-o", tmp_path / "one", "--network", "teacher",
                "--checkpoint", finished / "checkpoint.pt") == 0
     assert [p.name for p in (tmp_path / "one").iterdir()] == ["case0.nii.gz"]
+
+
+def test_predict_does_not_overwrite_its_input(folder, finished, tmp_path, capsys):
+    scan = tmp_path / "case0.nii.gz"
+    scan.write_bytes((folder / "imagesTr" / "case0_0000.nii.gz").read_bytes())
+    before = scan.read_bytes()
+    assert cli("predict", "-i", scan, "-o", tmp_path, "--checkpoint", finished) == 2
+    assert "overwrite" in capsys.readouterr().err and scan.read_bytes() == before
+
+
+def test_resume_refuses_another_split(folder, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    cases = json.loads((run / "cases.json").read_text())
+    (run / "cases.json").write_text(json.dumps(cases | dict(labeled=cases["labeled"][::-1])))
+    assert cli("--resume", run) == 2 and "cases.json" in capsys.readouterr().err
+
+
+def test_nothing_to_score_still_ends_in_a_report(folder, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(folder, root, ignore=shutil.ignore_patterns("imagesTs", "labelsTs"))
+    assert cli("--data", root, "--labeled", 1.0, "--holdout", 0, "--out", tmp_path / "run", *TINY, "--patch", 16, 16, 16) == 0
+    assert "predictions only" in capsys.readouterr().out
 
 
 def test_given_checkpoints_replace_pretraining(folder, finished, tmp_path):
