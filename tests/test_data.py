@@ -15,6 +15,7 @@ import torch
 
 import data
 from data import BadInput, check, draw, find_images, load, make_case, phantom, read_case, read_nifti, write_label
+from reciprocal import Config
 
 SHARED = Path(os.environ.get("RECIPROCAL_SHARED", Path(__file__).parents[2] / "shared"))
 SHAPE = (9, 8, 7)
@@ -290,8 +291,10 @@ def test_real_hippocampus():
     assert abs(found.labeled[0].volume().mean()) < 1e-4 and found.labeled[0].label.max() == 2
 
 
-def test_every_recipe_has_the_same_settings():
-    assert all(recipe.keys() == data.RECIPES["la"].keys() for recipe in data.RECIPES.values())
+def test_every_recipe_is_a_config():
+    """No recipe names a field that does not exist, or leaves out what another data set's recipe decides."""
+    for recipe in data.RECIPES.values():
+        assert Config(**recipe).check() and recipe.keys() >= data.RECIPES["la"].keys()
     assert data.SOURCES.keys() == data.RECIPES.keys() - {"phantom", "folder"}
 
 
