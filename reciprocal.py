@@ -403,8 +403,7 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path, 
     """All stages, from the checkpoint `saved` on; log.jsonl and checkpoint.pt grow in `run`."""
     device = next(nets["student"].parameters()).device
     for number, stage in enumerate(stages(cfg)):
-        start = 0
-        trained = [nets[name].train() for name in stage.nets]
+        start, trained = 0, [nets[name].train() for name in stage.nets]
         optimizers = [make_optimizer(cfg, net) for net in trained]
         if saved and number <= saved["stage"]:
             if number < saved["stage"]:
