@@ -497,7 +497,7 @@ def test_checkpoint_of_another_network_is_refused(folder, finished, tmp_path, ca
     assert "another network" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(data.SOURCES))
+@pytest.mark.parametrize("name", [*data.SOURCES, "phantom"])
 def test_every_recipe_starts(name, folder, tmp_path):
     """The recipe's own settings on a folder of the right kind; only the sizes are cut for time."""
     root = folder
