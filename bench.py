@@ -27,7 +27,7 @@ from scipy import ndimage
 import data
 import metrics
 import reciprocal
-import report
+import record
 from data import BadInput, Parser
 from kernels.dice import dice_ce, reference
 
@@ -242,7 +242,7 @@ def main() -> None:
               f"ratio {row['ratio']:.3f}{more}")
     if args.json:
         arguments = {name: str(value) for name, value in vars(args).items()}
-        result = dict(arguments=arguments, environment=report.environment(args.device), rows=rows)
+        result = dict(arguments=arguments, environment=record.environment(args.device), rows=rows)
         data.write(args.json, json.dumps(result, indent=1))
 
 

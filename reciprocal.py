@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import metrics
-import report
+import record
 from data import BadInput, Parser
 from kernels.dice import dice_ce
 
@@ -354,9 +354,9 @@ def networks(cfg: Config, dataset: data.Dataset, device: torch.device, saved: di
         reseed(cfg.seed, number)
         net = VNet(dataset.channels, len(dataset.classes), cfg.filters, cfg.depth, cfg.dropout)
         if saved:
-            report.load_weights(net, saved, name, "checkpoint.pt")
+            record.load_weights(net, saved, name, "checkpoint.pt")
         elif source := {"student": cfg.student_from, "teacher": cfg.teacher_from}[name]:
-            report.load_weights(net, report.load_checkpoint(source), "student", source)
+            record.load_weights(net, record.load_checkpoint(source), "student", source)
         nets[name] = net.to(device, memory_format=torch.channels_last_3d)
     return nets
 
@@ -384,7 +384,7 @@ def save(path: Path, cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], 
     weights = {name: net.state_dict() for name, net in nets.items()}
     if not all(value.isfinite().all() for net in weights.values() for value in net.values()):
         raise BadInput("weights are no longer finite; lower --lr (the last checkpoint is from before)")
-    report.save_checkpoint(path, content | dict(nets=weights) | progress)
+    record.save_checkpoint(path, content | dict(nets=weights) | progress)
 
 
 def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
@@ -428,12 +428,12 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path, 
                    if done % getattr(cfg, every + "_every") == 0 or done == stage.iterations]
             if not due:
                 continue
-            lines, pending = report.read_scalars(pending), []
+            lines, pending = record.read_scalars(pending), []
             if "eval" in due:
                 lines.append(dict(stage=stage.name, iteration=done, dice=curve_point(cfg, dataset, stage.nets, nets)))
             with open(run / "log.jsonl", "a") as log:
                 log.writelines(json.dumps(line) + "\n" for line in lines)
-            text = report.progress(lines)
+            text = record.progress(lines)
             bar.set_postfix_str(text)
             if QUIET and ("eval" in due or done % (cfg.log_every * 20) == 0):
                 print(f"{stage.name} {done}/{stage.iterations}  {text}", flush=True)
@@ -537,7 +537,7 @@ def main(arguments: list[str]) -> None:
             cfg = config_of(config | flags)
         except (OSError, ValueError) as error:
             raise BadInput(f"{run / 'config.json'}: not the config of a run ({error})") from None
-        saved = report.load_checkpoint(run / "checkpoint.pt") if (run / "checkpoint.pt").exists() else None
+        saved = record.load_checkpoint(run / "checkpoint.pt") if (run / "checkpoint.pt").exists() else None
         if saved and saved["iteration"] > stages(cfg)[saved["stage"]].iterations:
             raise BadInput(f"--iterations {cfg.iterations}: the run is at {saved['iteration']} already")
     else:
@@ -552,13 +552,13 @@ def main(arguments: list[str]) -> None:
     if cfg.method != "supervised" and not dataset.unlabeled:
         raise BadInput("no unlabeled case to learn from: lower --labeled, or choose --method supervised")
     nets = networks(cfg, dataset, device, saved)
-    run = run or report.new_run(asdict(cfg))
-    report.describe(run, asdict(cfg), dataset, device)
-    report.rewind_log(run / "log.jsonl", [stage.name for stage in stages(cfg)], saved)
+    run = run or record.new_run(asdict(cfg))
+    record.describe(run, asdict(cfg), dataset, device)
+    record.rewind_log(run / "log.jsonl", [stage.name for stage in stages(cfg)], saved)
     train(cfg, dataset, nets, run, saved)
     save(run / "student.pt", cfg, dataset, {"student": nets["student"]})
     torch.backends.cudnn.benchmark = False  # every volume has a shape of its own
-    report.conclude(asdict(cfg), str(dataset), *test(cfg, dataset, nets, run), run)
+    record.conclude(asdict(cfg), str(dataset), *test(cfg, dataset, nets, run), run)
 
 
 def predict(arguments: list[str]) -> None:
@@ -570,11 +570,11 @@ def predict(arguments: list[str]) -> None:
     add_fields(parser, "device", "amp", "stride", "windows", "largest_component")
     flags = vars(parser.parse_args(arguments))
     source, target, checkpoint, network = (flags.pop(n) for n in ("input", "output", "checkpoint", "network"))
-    saved = report.load_checkpoint(checkpoint)
+    saved = record.load_checkpoint(checkpoint)
     cfg = config_of(saved["config"] | flags)
     device = data.pick_device(cfg.device)
     net = VNet(saved["channels"], len(saved["classes"]), cfg.filters, cfg.depth, cfg.dropout)
-    report.load_weights(net, saved, network, checkpoint)
+    record.load_weights(net, saved, network, checkpoint)
     net = net.to(device, memory_format=torch.channels_last_3d).eval()
     images = data.find_images(source)
     if any((target / f"{name}.nii.gz").resolve() == path.resolve() for name, paths in images.items() for path in paths):

@@ -1,167 +1,17 @@
-"""A run's folder: its checkpoints and log, the pictures and the rows beside its own in the final table."""
+"""The pictures: learning curves of a run, overlays of its predictions."""
 
-import contextlib
-import hashlib
 import io
 import itertools
 import json
-import platform
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-
-import data
-import metrics
-from data import BadInput
-
-
-def new_run(config: dict) -> Path:
-    """The folder of --out, which must not exist, or a new one in runs/."""
-    name = f"{Path(config['data']).resolve().name}-{config['method']}-{config['labeled']:g}-seed{config['seed']}"
-    numbered = (Path("runs", name + suffix) for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
-    run = Path(config["out"]) if config["out"] else next(path for path in numbered if not path.exists())
-    if run.exists():
-        raise BadInput(f"--out {run}: exists; --resume {run} goes on with it, or choose another folder")
-    data.make_folder(run)
-    return run
-
-
-def describe(run: Path, config: dict, dataset: data.Dataset, device: torch.device) -> None:
-    """config.json, cases.json (the split) and environment.json; BadInput if a resumed run finds another split."""
-    cases = {name: [case.name for case in getattr(dataset, name)] for name in ("labeled", "unlabeled", "test")}
-    before = run / "cases.json"
-    if before.exists() and json.loads(before.read_text()) != cases:
-        raise BadInput(f"{before}: the data set has other cases now; bring back those of this file, or start a new run")
-    for name, content in (("config", config), ("cases", cases), ("environment", environment(device))):
-        data.write(run / f"{name}.json", json.dumps(content, indent=1))
-
-
-def environment(device: torch.device) -> dict:
-    """What a number depends on besides the config: versions, hardware, commit, command."""
-    here, commit = Path(__file__).parent, ""
-    if shutil.which("git") and (here / ".git").exists():
-        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        commit = subprocess.run(describe, cwd=here, text=True, capture_output=True, check=False).stdout.strip()
-    return dict(commit=commit, command=" ".join(sys.argv), python=platform.python_version(), torch=torch.__version__,
-                numpy=np.__version__, platform=platform.platform(), threads=torch.get_num_threads(),
-                device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """A file of torch.save whose SHA-256 rides along as the zip archive's comment: torch.load takes it as any other,
-    and `load_checkpoint` sees a flipped byte, which torch.load does not."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    archive = buffer.getvalue()
-    digest = hashlib.sha256(archive).hexdigest().encode()
-    data.write(path, archive[:-2] + len(digest).to_bytes(2, "little") + digest)
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """What `save_checkpoint` wrote; of a run's folder its checkpoint.pt, else its student.pt."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / ("checkpoint.pt" if (path / "checkpoint.pt").exists() else "student.pt")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: no checkpoint to read there ({error.strerror})") from None
-    archive, digest = content[:-66] + b"\0\0", content[-64:]
-    if content[-66:-64] != b"\x40\0" or hashlib.sha256(archive).hexdigest().encode() != digest:
-        raise BadInput(f"{path}: damaged, or not a checkpoint of this program; take another one")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def load_weights(net: torch.nn.Module, saved: dict, name: str, source) -> None:
-    try:
-        net.load_state_dict(saved["nets"][name])
-    except KeyError:
-        raise BadInput(f"{source}: holds no {name}, only {', '.join(saved['nets'])}") from None
-    except RuntimeError:
-        raise BadInput(f"{source}: weights of another network; channels, classes, filters and depth differ") from None
-
-
-def rewind_log(path: Path, stages: list[str], saved: dict | None) -> None:
-    """Drop what was logged after the checkpoint `saved`: it will be done, and logged, again."""
-    reached = (saved["stage"], saved["iteration"]) if saved else (0, 0)
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-        with contextlib.suppress(ValueError):  # a torn line
-            entry = json.loads(line)
-            if line.endswith("\n") and (stages.index(entry["stage"]), entry["iteration"]) <= reached:
-                kept.append(line)
-    data.write(path, "".join(kept))
-
-
-def read_scalars(pending: list[dict]) -> list[dict]:
-    """Lines of the log whose scalars are still tensors, with numbers, in one read from the device; BadInput if one is
-    NaN or infinite."""
-    names = [name for name, value in pending[0].items() if torch.is_tensor(value)]
-    values = torch.stack([torch.stack([line[name] for name in names]) for line in pending]).tolist()
-    lines = [line | dict(zip(names, row, strict=True)) for line, row in zip(pending, values, strict=True)]
-    for line, row in zip(lines, values, strict=True):
-        if not np.isfinite(row).all():
-            wrong = next(name for name in names if not np.isfinite(line[name]))
-            raise BadInput(f"{line['stage']}, iteration {line['iteration']}: {wrong} is not finite; lower --lr (the "
-                           "last checkpoint is from before)")
-    return lines
-
-
-def progress(lines: list[dict]) -> str:
-    """The last losses, the feedback and the Dice among these lines of the log, for the progress bar."""
-    last = {name: value for line in lines for name, value in line.items() if name not in ("stage", "iteration", "lr")}
-    dice = "".join(f"  Dice {name} {100 * value:.1f}" for name, value in last.pop("dice", {}).items())
-    return "  ".join(f"{k} {v:.1e}" if k == "feedback" else f"{k} {v:.3f}" for k, v in last.items()) + dice
-
-
-def title(config: dict) -> str:
-    preset = f" ({config['preset']})" if config["method"] == "reciprocal" else ""
-    synthetic = ", synthetic data" * (config["data"] == "phantom")
-    return f"{Path(config['data']).name} {config['method']}{preset}, seed {config['seed']}{synthetic}"
-
-
-def lower_bounds(summary: dict, run: Path) -> list[dict]:
-    """Summaries of the supervised runs beside this one: the same cases, as many iterations, scored alike."""
-    same, scoring = ("cases", "iterations"), ("data", "seed", "spacing", "stride", "patch", "largest_component")
-    rows = []
-    for path in sorted(run.parent.glob("*/summary.json")) if summary["config"]["method"] != "supervised" else ():
-        with contextlib.suppress(OSError, ValueError, KeyError):  # not a summary of this version
-            other = json.loads(path.read_text())
-            alike = [other[name] == summary[name] for name in same]
-            alike += [other["config"][name] == summary["config"][name] for name in scoring]
-            if other["config"]["method"] == "supervised" and all(alike):
-                rows += [row | dict(network=f"lower bound ({path.parent.name})") for row in other["scores"]]
-    return rows
 
 
 def read_log(path: Path) -> list[tuple[str, list[dict]]]:
     """The lines of log.jsonl, stage by stage."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [(stage, list(group)) for stage, group in itertools.groupby(lines, lambda line: line["stage"])]
-
-
-def conclude(config: dict, counts: str, rows: list[dict], panels: list[tuple], run: Path) -> None:
-    """metrics.csv, summary.json, the pictures and the final table of a run."""
-    scores = metrics.summarize(rows)
-    iterations = sum(len([line for line in lines if "lr" in line]) for _, lines in read_log(run / "log.jsonl"))
-    summary = dict(config=config, counts=counts, synthetic=config["data"] == "phantom", iterations=iterations,
-                   cases=json.loads((run / "cases.json").read_text()), scores=scores)
-    summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)  # JSON has no NaN
-    data.write(run / "summary.json", json.dumps(summary, indent=1))
-    data.write(run / "curves.png", curves(run / "log.jsonl", title(config)))
-    if panels:
-        data.write(run / "overlay.png", overlay(panels, title(config)))
-    print(f"\n{title(config)}: {counts}")
-    if scores:
-        metrics.write_csv(run / "metrics.csv", rows)
-        print(metrics.table(scores + lower_bounds(summary, run), config["spacing"]))
-    else:
-        print("No case with a label to score: predictions only.")
-    print(f"\n{run}: predictions/, metrics.csv, curves.png, overlay.png, student.pt")
 
 
 def curves(log: Path, title: str) -> bytes:

@@ -19,7 +19,7 @@ from torch import nn
 import data
 import kernels.dice
 import reciprocal
-import report
+import record
 from reciprocal import Config, VNet, exam, reciprocal_step, segment, stages, supervised_step
 
 TINY = shlex.split("--patch 16 16 16 --stride 8 8 8 --filters 2 --depth 2 --batch-l 1 --batch-u 1 --iterations 4 "
@@ -393,7 +393,7 @@ def test_resumed_run_equals_a_straight_one(folder, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(kernels.dice, "INTERPRETED", False)
     assert cli("--resume", tmp_path / "broken") == 0
-    one, other = (report.load_checkpoint(tmp_path / name) for name in ("straight", "broken"))
+    one, other = (record.load_checkpoint(tmp_path / name) for name in ("straight", "broken"))
     for name, net in one["nets"].items():
         assert all(torch.equal(value, other["nets"][name][key]) for key, value in net.items())
     assert (tmp_path / "straight/log.jsonl").read_text() == (tmp_path / "broken/log.jsonl").read_text()
@@ -454,7 +454,7 @@ def test_flipped_byte_is_seen(finished, tmp_path):
         bad[position] ^= 1
         (tmp_path / "bad.pt").write_bytes(bad)
         with pytest.raises(data.BadInput, match="bad.pt"):
-            report.load_checkpoint(tmp_path / "bad.pt")
+            record.load_checkpoint(tmp_path / "bad.pt")
 
 
 def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path, capsys):
