@@ -33,9 +33,11 @@ from tqdm import tqdm
 import data
 import metrics
 import record
+from baselines import METHODS, descend, supervised_step, update
 from data import BadInput, Parser
-from kernels.dice import dice_ce
+from kernels.dice import LOSSES, dice_ce
 
+NETWORKS = ("student", "teacher")  # those that segment
 QUIET = not sys.stderr.isatty()  # plain lines instead of progress bars where nobody watches them
 
 # ---- Config -------------------------------------------------------------------------------------------------------
@@ -56,16 +58,18 @@ class Config:
     out: str = flag("", "the run's folder (default: a new one in runs/)")
     seed: int = flag(1, "seed of the weights, the patches and the dropout")
 
-    method: str = flag("reciprocal", "how to train", ("reciprocal", "supervised"))
+    method: str = flag("reciprocal", "how to train", ("reciprocal", *METHODS))
     preset: str = flag("strong", "the paper's settings to the letter, or the stronger default", ("paper", "strong"))
     loss: str = flag("dice+ce", "loss of the reciprocal steps", ("ce", "dice", "dice+ce"))
     supervised_loss: str = flag("dice+ce", "loss of `supervised` and of pre-training", ("ce", "dice", "dice+ce"))
     lesson: str = flag("both", "the student learns from pseudo labels, or from labels as well", ("pseudo", "both"))
     student_start: str = flag("pretrained", "the student's weights at the start", ("random", "pretrained"))
-    feedback: str = flag("scalar", "h: the authors' lr * <g_u, g_l>; the measured fall of the exam loss; none",
-                         ("scalar", "difference", "off"))
+    feedback: str = flag("scalar", "h: the authors' lr * <g_u, g_l>; the measured fall of the exam loss; two controls, "
+                         "the scalar with a random sign, and none", ("scalar", "difference", "shuffled", "off"))
     iterations: int = flag(6000, "reciprocal steps")
     pretrain: int = flag(6000, "supervised steps of pre-training, for the teacher and for a pretrained student")
+    budget: str = flag("iterations", "what a comparison method has as much of as the whole reciprocal run: iterations, "
+                       "or patches that went forward and backward", ("iterations", "patches"))
     teacher_from: str = flag("", "a run or a file whose student's weights replace the teacher's pre-training")
     student_from: str = flag("", "the same for the student")
 
@@ -118,7 +122,6 @@ PRESETS = {
     "paper": dict(loss="ce", lesson="pseudo", student_start="random", feedback="scalar"),
     "strong": dict(loss="dice+ce", lesson="both", student_start="pretrained", feedback="scalar"),
 }
-LOSSES = {"ce": dict(dice=0.0, ce=1.0), "dice": dict(dice=1.0, ce=0.0), "dice+ce": dict(dice=0.5, ce=0.5)}
 
 
 # ---- the network --------------------------------------------------------------------------------------------------
@@ -128,12 +131,14 @@ class VNet(nn.Module):
     with BatchNorm, strided convolutions between the levels, skips that are added.
 
     (B, channels, D, H, W) to logits (B, classes, D, H, W), every side a multiple of 2 ** depth. One channel, two
-    classes, 16 filters and depth 4 are 9,448,866 parameters."""
+    classes, 16 filters and depth 4 are 9,448,866 parameters. In training a method's `maps` follow the logits."""
 
     CONVS = (1, 2, 3, 3, 3)  # convolutions a level, from the full resolution down; deeper levels have 3
 
-    def __init__(self, channels: int, classes: int, filters: int = 16, depth: int = 4, dropout: bool = False):
+    def __init__(self, channels: int, classes: int, filters: int = 16, depth: int = 4, dropout: bool = False,
+                 maps: int = 0):
         super().__init__()
+        self.classes = classes
         convs = (self.CONVS + (3,) * depth)[: depth + 1]
         width = [filters * 2**level for level in range(depth + 1)]
 
@@ -150,7 +155,7 @@ class VNet(nn.Module):
         self.up = nn.ModuleList(unit(nn.ConvTranspose3d(coarse, fine, 2, stride=2)) for fine, coarse in pairs)
         self.decoder = nn.ModuleList(map(block, convs[:-1], width[:-1], width[:-1]))
         self.dropout = nn.Dropout3d(0.5) if dropout else nn.Identity()
-        self.head = nn.Conv3d(filters, classes, 1)
+        self.head = nn.Conv3d(filters, classes + maps, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         skips = []
@@ -160,7 +165,8 @@ class VNet(nn.Module):
         x = self.dropout(self.encoder[-1](x))
         for block, up, skip in zip(reversed(self.decoder), reversed(self.up), reversed(skips), strict=True):
             x = block(up(x) + skip)
-        return self.head(self.dropout(x))
+        outputs = self.head(self.dropout(x))
+        return outputs if self.training else outputs[:, : self.classes]
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------
@@ -178,7 +184,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     is sharpened toward its pseudo label, where it did harm (h < 0) it is pushed away. The identity holds for pseudo
     labels sampled from the teacher; argmax, as in the paper, is biased (tests/test_reciprocal.py shows both)."""
     (teacher, student), (t_optimizer, s_optimizer) = nets, optimizers
-    t_weights, s_weights = list(teacher.parameters()), list(student.parameters())
+    s_weights = list(student.parameters())
 
     def loss(logits: Tensor, label: Tensor) -> Tensor:
         return dice_ce(logits, label, **LOSSES[cfg.loss])
@@ -195,17 +201,20 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     if cfg.lesson == "both":
         g_s = torch.autograd.grad(loss(student(batch["x_s"]), batch["y_s"]), s_weights)
         lesson = [u + s for u, s in zip(g_u, g_s, strict=True)]
-    descend(s_optimizer, s_weights, lesson)
+    update(s_optimizer, lesson)
 
     # 2. The exam: the updated student on true labels. A gradient only: nothing is learned from it.
     if cfg.feedback != "off":
-        with torch.set_grad_enabled(cfg.feedback == "scalar"), exam(student, dropout=cfg.feedback == "scalar"):
+        measured = cfg.feedback == "difference"
+        with torch.set_grad_enabled(not measured), exam(student, dropout=not measured):
             loss_exam = loss(student(batch["x_l"]), batch["y_l"])
 
     # 3. The feedback h. The labeled part of the lesson owes nothing to the pseudo label: the scalar credits g_u alone.
-    if cfg.feedback == "scalar":
+    if cfg.feedback in ("scalar", "shuffled"):
         g_l = torch.autograd.grad(loss_exam, s_weights)
         feedback = s_optimizer.param_groups[0]["lr"] * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
+        if cfg.feedback == "shuffled":
+            feedback = feedback * (2 * torch.randint(2, (), device=feedback.device) - 1)
     elif cfg.feedback == "difference":
         feedback = loss_before - loss_exam
     else:
@@ -216,25 +225,9 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     loss_t = loss_l
     if cfg.feedback != "off":
         loss_t = loss_l + dice_ce(t_logits_u, pseudo_label, **LOSSES["ce"], scale=feedback)
-    descend(t_optimizer, t_weights, torch.autograd.grad(loss_t, t_weights))
+    descend(t_optimizer, loss_t)
     scalars = dict(loss_l=loss_l, loss_u=loss_u, loss_exam=loss_exam, feedback=feedback)
     return {name: value.detach() for name, value in scalars.items()}
-
-
-def supervised_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, cfg: Config) -> dict[str, Tensor]:
-    """One network on labeled patches alone: pre-training, the lower bound, and with all labels the upper bound."""
-    (net,), (optimizer,) = nets, optimizers
-    loss_l = dice_ce(net(batch["x_l"]), batch["y_l"], **LOSSES[cfg.supervised_loss])
-    weights = list(net.parameters())
-    descend(optimizer, weights, torch.autograd.grad(loss_l, weights))
-    return {"loss_l": loss_l.detach()}
-
-
-def descend(optimizer: Optimizer, weights: list[Tensor], gradients) -> None:
-    for weight, gradient in zip(weights, gradients, strict=True):
-        weight.grad = gradient
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 @contextlib.contextmanager
@@ -328,18 +321,26 @@ class Stage:
     step: Callable
     nets: tuple[str, ...]
     iterations: int
+    patches: dict[str, int]  # how many x_l, x_s (other labeled ones) and x_u a step takes
 
 
 def stages(cfg: Config) -> list[Stage]:
-    """What a run does. `supervised` takes as many iterations as the reciprocal run of the same Config in all, so
-    that a lower bound is never short of training."""
-    if cfg.method == "supervised":
-        total = sum(stage.iterations for stage in stages(replace(cfg, method="reciprocal")))
-        return [Stage("supervised", supervised_step, ("student",), total)]
+    """What a run does. A comparison method takes as many iterations as the reciprocal run of the same Config in all
+    (or `budget`), so that none is short of training."""
+    both, supervised = dict(l=cfg.batch_l, u=cfg.batch_u), dict(l=cfg.batch_l + cfg.batch_u)
+    if method := METHODS.get(cfg.method):
+        *pretrain, main = stages(replace(cfg, method="reciprocal"))
+        more = 1.0
+        if cfg.budget == "patches":  # x_l and x_u train the teacher, x_u and x_s the student, x_l its exam
+            more = 2 + main.patches.get("s", 0) / sum(supervised.values())
+        total = sum(stage.iterations for stage in pretrain) + round(more * main.iterations)
+        return [Stage(cfg.method, method.step, method.nets, total, both if method.unlabeled else supervised)]
     needed = dict(teacher=not cfg.teacher_from, student=cfg.student_start == "pretrained" and not cfg.student_from)
-    pretrain = [Stage(f"pre-training of the {name}", supervised_step, (name,), cfg.pretrain) for name in needed
-                if needed[name]]
-    return [*pretrain, Stage("reciprocal", reciprocal_step, ("teacher", "student"), cfg.iterations)]
+    pretrain = [Stage(f"pre-training of the {name}", supervised_step, (name,), cfg.pretrain, supervised)
+                for name in needed if needed[name]]
+    if cfg.lesson == "both":
+        both["s"] = cfg.batch_l
+    return [*pretrain, Stage("reciprocal", reciprocal_step, ("teacher", "student"), cfg.iterations, both)]
 
 
 def reseed(*numbers: int) -> None:
@@ -347,38 +348,45 @@ def reseed(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def networks(cfg: Config, dataset: data.Dataset, device: torch.device, saved: dict | None) -> dict[str, VNet]:
-    names = ("student",) if cfg.method == "supervised" else ("student", "teacher")
+def build(cfg: Config, name: str, channels: int, classes: int) -> nn.Module:
+    method = METHODS.get(cfg.method, METHODS["supervised"])  # reciprocal learning asks nothing of its networks
+    if name in method.own:
+        return method.own[name](channels, classes - 1, cfg.filters)
+    return VNet(channels, classes, cfg.filters, cfg.depth, cfg.dropout or method.dropout, method.maps * (classes - 1))
+
+
+def networks(cfg: Config, dataset: data.Dataset, device: torch.device, saved: dict | None) -> dict[str, nn.Module]:
     nets = {}
-    for number, name in enumerate(names):
+    for number, name in enumerate(dict.fromkeys(["student", *(name for stage in stages(cfg) for name in stage.nets)])):
         reseed(cfg.seed, number)
-        net = VNet(dataset.channels, len(dataset.classes), cfg.filters, cfg.depth, cfg.dropout)
+        net = build(cfg, name, dataset.channels, len(dataset.classes))
         if saved:
             record.load_weights(net, saved, name, "checkpoint.pt")
-        elif source := {"student": cfg.student_from, "teacher": cfg.teacher_from}[name]:
+        elif source := {"student": cfg.student_from, "teacher": cfg.teacher_from}.get(name):
             record.load_weights(net, record.load_checkpoint(source), "student", source)
         nets[name] = net.to(device, memory_format=torch.channels_last_3d)
     return nets
 
 
-def make_batch(cfg: Config, dataset: data.Dataset, stage: int, iteration: int, supervised: bool, device) -> dict:
+def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, iteration: int, device) -> dict:
     """The patches of one step; they depend on the seed, the stage and the iteration alone."""
 
     def patches(cases: list[data.Case], n: int, role: int, labeled: bool = True):
-        image, label = data.draw(cases, n, cfg.patch, seed=cfg.seed, stream=2 * stage + role, iteration=iteration,
+        image, label = data.draw(cases, n, cfg.patch, seed=cfg.seed, stream=2 * number + role, iteration=iteration,
                                  augment=cfg.augment, noise=cfg.noise, labeled=labeled, device=device)
         return image.contiguous(memory_format=torch.channels_last_3d), label
 
-    if supervised:
-        return dict(zip(("x_l", "y_l"), patches(dataset.labeled, cfg.batch_l + cfg.batch_u, 0), strict=True))
+    batch, labeled = dict(iteration=iteration, iterations=stage.iterations), stage.patches.copy()
+    if n := labeled.pop("u", 0):
+        batch["x_u"], _ = patches(dataset.unlabeled, n, 1, labeled=False)
     # One draw without replacement: the exam's cases are not those of the lesson while there are enough of them.
-    image, label = patches(dataset.labeled, cfg.batch_l * (2 if cfg.lesson == "both" else 1), 0)
-    (x_l, *x_s), (y_l, *y_s) = image.split(cfg.batch_l), label.split(cfg.batch_l)
-    x_u, _ = patches(dataset.unlabeled, cfg.batch_u, 1, labeled=False)
-    return dict(x_l=x_l, y_l=y_l, x_u=x_u) | (dict(x_s=x_s[0], y_s=y_s[0]) if x_s else {})
+    images, labels = (x.split([*labeled.values()]) for x in patches(dataset.labeled, sum(labeled.values()), 0))
+    for part, image, label in zip(labeled, images, labels, strict=True):
+        batch |= {f"x_{part}": image, f"y_{part}": label}
+    return batch
 
 
-def save(path: Path, cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], **progress) -> None:
+def save(path: Path, cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], **progress) -> None:
     """Weights and all that `predict` and `--resume` need to know about them."""
     content = dict(config=asdict(cfg), classes=dataset.classes, channels=dataset.channels)
     weights = {name: net.state_dict() for name, net in nets.items()}
@@ -394,12 +402,14 @@ def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
 
 
 def make_optimizer(cfg: Config, net: nn.Module) -> Optimizer:
+    if not isinstance(net, VNet):
+        return net.optimizer()  # a method's own network brings its own
     if cfg.optimizer == "adam":
         return torch.optim.Adam(net.parameters(), lr=cfg.lr, weight_decay=1e-4)
     return torch.optim.SGD(net.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=1e-4)
 
 
-def train(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path, saved: dict | None) -> None:
+def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: Path, saved: dict | None) -> None:
     """All stages, from the checkpoint `saved` on; log.jsonl and checkpoint.pt grow in `run`."""
     device = next(nets["student"].parameters()).device
     for number, stage in enumerate(stages(cfg)):
@@ -415,10 +425,11 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path, 
         bar = tqdm(range(start, stage.iterations), stage.name, stage.iterations, initial=start, disable=QUIET)
         for iteration in bar:
             lr = learning_rate(cfg, iteration, stage.iterations)
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = lr
+            for net, optimizer in zip(trained, optimizers, strict=True):
+                if isinstance(net, VNet):
+                    optimizer.param_groups[0]["lr"] = lr
             reseed(cfg.seed, number, iteration + 1)  # 0 stands for the weights
-            batch = make_batch(cfg, dataset, number, iteration, stage.step is supervised_step, device)
+            batch = make_batch(cfg, dataset, number, stage, iteration, device)
             with autocast(cfg, device):
                 scalars = stage.step(trained, optimizers, batch, cfg)
 
@@ -430,7 +441,8 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path, 
                 continue
             lines, pending = record.read_scalars(pending), []
             if "eval" in due:
-                lines.append(dict(stage=stage.name, iteration=done, dice=curve_point(cfg, dataset, stage.nets, nets)))
+                dice = curve_point(cfg, dataset, {name: nets[name] for name in stage.nets if name in NETWORKS})
+                lines.append(dict(stage=stage.name, iteration=done, dice=dice))
             with open(run / "log.jsonl", "a") as log:
                 log.writelines(json.dumps(line) + "\n" for line in lines)
             text = record.progress(lines)
@@ -450,13 +462,13 @@ def scored(dataset: data.Dataset) -> dict[str, list[data.Case]]:
             "transductive": [case for case in dataset.unlabeled if case.label is not None]}
 
 
-def curve_point(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], nets: dict[str, VNet]) -> dict[str, float]:
+def curve_point(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet]) -> dict[str, float]:
     """Mean foreground Dice of each network on a few scored cases, with quick windows. It is looked at and never
     chosen by: the last checkpoint is the result."""
     cases = (scored(dataset)["test"] or scored(dataset)["transductive"])[: cfg.eval_cases]
     means = {}
-    for name in names if cases else ():
-        net, device, dice = nets[name].eval(), next(nets[name].parameters()).device, []
+    for name, net in nets.items() if cases else ():
+        device, dice = next(net.eval().parameters()).device, []
         for case in (case.to(device) for case in cases):
             label = predict_label(net, case.volume(), cfg, quick=True)
             dice += [metrics.dice(label == value, case.label == value) for value in range(1, len(dataset.classes))]
@@ -524,6 +536,12 @@ def config_of(values: dict) -> Config:
         raise BadInput(f"not the config of a run of this version ({error})") from None
 
 
+def configure(flags: dict) -> Config:
+    """The recipe's values, over them the preset's, over them the flags."""
+    recipe = data.RECIPES.get(flags.get("data", Config.data), data.RECIPES["folder"])
+    return config_of(recipe | PRESETS[flags.get("preset", Config.preset)] | flags)
+
+
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["predict"]:
         return predict(arguments[1:])
@@ -541,8 +559,7 @@ def main(arguments: list[str]) -> None:
         if saved and saved["iteration"] > stages(cfg)[saved["stage"]].iterations:
             raise BadInput(f"--iterations {cfg.iterations}: the run is at {saved['iteration']} already")
     else:
-        recipe = data.RECIPES.get(flags.get("data", Config.data), data.RECIPES["folder"])
-        cfg = config_of(recipe | PRESETS[flags.get("preset", Config.preset)] | flags)
+        cfg = configure(flags)
     device = data.pick_device(cfg.device)
     torch.use_deterministic_algorithms(cfg.deterministic)
     torch.backends.cudnn.benchmark = not cfg.deterministic
@@ -558,6 +575,7 @@ def main(arguments: list[str]) -> None:
     train(cfg, dataset, nets, run, saved)
     save(run / "student.pt", cfg, dataset, {"student": nets["student"]})
     torch.backends.cudnn.benchmark = False  # every volume has a shape of its own
+    nets = {name: net for name, net in nets.items() if name in NETWORKS}
     record.conclude(asdict(cfg), str(dataset), *test(cfg, dataset, nets, run), run)
 
 
@@ -566,14 +584,14 @@ def predict(arguments: list[str]) -> None:
     parser.add_argument("-i", "--input", required=True, type=Path, help="a NIfTI file or a folder of them")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder of the predicted labels")
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run's folder, student.pt or checkpoint.pt")
-    parser.add_argument("--network", default="student", choices=("student", "teacher"), help="default: student")
+    parser.add_argument("--network", default="student", choices=NETWORKS, help="default: student")
     add_fields(parser, "device", "amp", "stride", "windows", "largest_component")
     flags = vars(parser.parse_args(arguments))
     source, target, checkpoint, network = (flags.pop(n) for n in ("input", "output", "checkpoint", "network"))
     saved = record.load_checkpoint(checkpoint)
     cfg = config_of(saved["config"] | flags)
     device = data.pick_device(cfg.device)
-    net = VNet(saved["channels"], len(saved["classes"]), cfg.filters, cfg.depth, cfg.dropout)
+    net = build(cfg, network, saved["channels"], len(saved["classes"]))
     record.load_weights(net, saved, network, checkpoint)
     net = net.to(device, memory_format=torch.channels_last_3d).eval()
     images = data.find_images(source)

@@ -2,6 +2,8 @@
 # ./train.sh [arguments]   installs into .venv once, then runs `python reciprocal.py [arguments]`;
 #                          without arguments it trains on the embedded, synthetic data set `phantom`
 # ./train.sh test [...]    the same set-up, then ruff and pytest
+# ./train.sh compare OUT [arguments]   the paper's table for a data set: every method over the seeds of SEEDS="1 2 3",
+#                          a run each in OUT, done once and resumed where it stopped; then metrics.py compare of all
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -23,5 +25,40 @@ fi
 if [ "${1:-}" = test ]; then
     .venv/bin/python -m ruff check .
     exec .venv/bin/python -m pytest "${@:2}"
+fi
+if [ "${1:-}" = compare ]; then
+    out=${2:?give a folder for the runs: ./train.sh compare OUT [arguments]}
+    # The paper's student is not pre-trained: it takes these iterations as reciprocal ones.
+    iterations=$(.venv/bin/python -c 'import reciprocal, sys
+flags = vars(reciprocal.train_parser().parse_args(sys.argv[1:]))
+flags.pop("resume")
+cfg = reciprocal.configure(flags)
+print(cfg.iterations + cfg.pretrain)' "${@:3}")
+    for seed in ${SEEDS:-1 2 3}; do
+        while read -r name flags; do
+            run=$out/$name-seed$seed
+            if [ -e "$run/summary.json" ]; then
+                continue
+            elif [ -e "$run/config.json" ]; then
+                .venv/bin/python reciprocal.py --resume "$run" </dev/null
+            else
+                # shellcheck disable=SC2086  # flags are words
+                .venv/bin/python reciprocal.py "${@:3}" $flags --seed "$seed" --out "$run" </dev/null
+            fi
+        done <<RUNS
+reciprocal
+reciprocal-off --feedback off
+reciprocal-shuffled --feedback shuffled
+reciprocal-paper --preset paper --iterations $iterations
+supervised --method supervised
+supervised-patches --method supervised --budget patches
+mt --method mt
+uamt --method uamt
+sassnet --method sassnet
+tcsm --method tcsm
+RUNS
+    done
+    exec .venv/bin/python metrics.py compare "$out"/*/ \
+        --csv "$out/compare.csv" --markdown "$out/compare.md" --plot "$out/compare.png"
 fi
 exec .venv/bin/python reciprocal.py "${@:---data=phantom}"

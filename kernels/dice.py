@@ -41,6 +41,7 @@ except ImportError:  # no Triton on this platform: the reference serves
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 EPSILON = 1e-5
+LOSSES = {"ce": dict(dice=0.0, ce=1.0), "dice": dict(dice=1.0, ce=0.0), "dice+ce": dict(dice=0.5, ce=0.5)}
 MAX_CLASSES = 16  # the kernels hold a voxel's classes in registers
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -1,0 +1,223 @@
+"""The paper's comparison methods in 3D, on the Config, network, data and loop of reciprocal.py: one step function each.
+
+    supervised   labeled patches alone: the lower bound, the upper bound with all labels, and every pre-training
+    mt           mean teacher: Tarvainen and Valpola, NeurIPS 2017
+    uamt         uncertainty-aware mean teacher: Yu et al., MICCAI 2019
+    sassnet      shape-aware adversarial network: Li, Zhang and He, MICCAI 2020
+    tcsm         transformation-consistent self-ensembling: Li et al., IEEE TNNLS 2021
+
+A step takes its networks and their optimizers in the order of `METHODS`, updates them in place and returns scalars
+that stay on the device. Its batch has x_l (B_l, C, D, H, W), y_l (B_l, D, H, W), x_u (B_u, C, D, H, W), and where the
+run stands: `iteration` of `iterations`. Settings are those of the left-atrium literature; what it counts in iterations
+of its 6000 is here a share of the run, so that a short run has the whole ramp.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from kernels.dice import LOSSES, dice_ce
+
+
+def descend(optimizer: Optimizer, loss: Tensor) -> None:
+    """One step down `loss` for the weights of this optimizer, and for no others that the loss has met."""
+    weights = optimizer.param_groups[0]["params"]
+    update(optimizer, torch.autograd.grad(loss, weights))
+
+
+def update(optimizer: Optimizer, gradients) -> None:
+    """One step of the optimizer along gradients that are known."""
+    for weight, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+        weight.grad = gradient
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def supervised_step(nets: list[nn.Module], optimizers: list[Optimizer], batch: dict, cfg) -> dict[str, Tensor]:
+    loss_l = dice_ce(nets[0](batch["x_l"]), batch["y_l"], **LOSSES[cfg.supervised_loss])
+    descend(optimizers[0], loss_l)
+    return {"loss_l": loss_l.detach()}
+
+
+# ---- methods with an averaged teacher -------------------------------------------------------------------------------
+
+def averaged_step(nets, optimizers, batch: dict, cfg, consistency: Callable) -> dict[str, Tensor]:
+    """The frame of mt, uamt and tcsm: a student with the loss of the labels and, behind a ramp, a `consistency` with
+    the teacher, whose weights are the student's, averaged over the iterations. (No gradient reaches the teacher, and
+    its optimizer never steps; its batch-norm statistics are of what it sees itself.)
+
+    consistency(probs of the student (B_l + B_u, classes, D, H, W), x (B_l + B_u, C, D, H, W), teacher) is a scalar."""
+    student, teacher = nets
+    x = torch.cat([batch["x_l"], batch["x_u"]])
+    logits = student(x)  # (B_l + B_u, classes, D, H, W)
+    loss_l = dice_ce(logits[: len(batch["x_l"])], batch["y_l"], **LOSSES[cfg.supervised_loss])
+    loss_u = consistency(logits.softmax(1), x, teacher)
+    descend(optimizers[0], loss_l + 0.1 * ramp(batch, stairs=40) * loss_u)
+    decay = min(1 - 1 / (batch["iteration"] + 1), 0.99)  # 0 at first: the teacher begins as the student
+    with torch.no_grad():
+        get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(student.parameters()), None)
+    return dict(loss_l=loss_l.detach(), loss_u=loss_u.detach())
+
+
+def mt_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
+    """Mean squared difference to the teacher's probabilities on noisy unlabeled patches."""
+
+    def consistency(probs, x, teacher):
+        with torch.no_grad():
+            target = teacher(noisy(batch["x_u"])).softmax(1)
+        return F.mse_loss(probs[-len(target) :], target)
+
+    return averaged_step(nets, optimizers, batch, cfg, consistency)
+
+
+def uamt_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
+    """The same where the teacher is certain: where the entropy of its mean over 8 passes with dropout is below a
+    threshold, which rises to that of a coin of all classes."""
+
+    def consistency(probs, x, teacher):
+        with torch.no_grad():
+            target = teacher(noisy(batch["x_u"])).softmax(1)
+            mean = sum(teacher(noisy(batch["x_u"])).softmax(1) for _ in range(8)) / 8
+            certain = entropy(mean) < (0.75 + 0.25 * ramp(batch)) * math.log(mean.shape[1])  # (B_u, 1, D, H, W)
+        square = (probs[-len(target) :] - target) ** 2
+        return (certain * square).sum() / (mean.shape[1] * certain.sum() + 1e-16)
+
+    return averaged_step(nets, optimizers, batch, cfg, consistency)
+
+
+def tcsm_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
+    """To turn the student's answer is to answer what is turned: on all patches, labeled ones too. The gradient flows
+    through the student's turned probabilities; the released code computes both sides without any."""
+
+    def consistency(probs, x, teacher):
+        turn = random_transform(x.shape)
+        with torch.no_grad():
+            target = teacher(turn(noisy(x))).softmax(1)
+        return F.mse_loss(turn(probs), target)
+
+    return averaged_step(nets, optimizers, batch, cfg, consistency)
+
+
+def ramp(batch: dict, stairs: int | None = None) -> float:
+    """exp(-5 (1 - t/T)^2), from 0.0067 to 1 over the run; in `stairs` steps, 40 as the literature has it."""
+    share = batch["iteration"] / batch["iterations"]
+    if stairs:
+        share = batch["iteration"] * stairs // batch["iterations"] / stairs
+    return math.exp(-5 * (1 - share) ** 2)
+
+
+def noisy(x: Tensor) -> Tensor:
+    return x + (0.1 * torch.randn_like(x)).clamp_(-0.2, 0.2)
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Of probabilities (B, classes, D, H, W), in nats: (B, 1, D, H, W)."""
+    return -(probs * (probs + 1e-6).log()).sum(1, keepdim=True)
+
+
+def random_transform(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """A function that turns and flips each sample of (B, C, D, H, W) in its own way, the same at each call: quarter
+    turns in the first plane of equal sides, half turns where there is none, and a flip of each axis or not."""
+    square = [plane for plane in itertools.combinations((1, 2, 3), 2) if shape[plane[0] + 1] == shape[plane[1] + 1]]
+    plane, step = (square[0], 1) if square else ((1, 2), 2)
+    turns = (step * torch.randint(4, (shape[0],))).tolist()  # numbers of the host: nothing waits for a GPU
+    flips = [[axis + 1 for axis in range(3) if chosen[axis]] for chosen in torch.randint(2, (shape[0], 3)).tolist()]
+
+    def transform(x: Tensor) -> Tensor:
+        samples = [sample.rot90(k, plane).flip(axes) for sample, k, axes in zip(x, turns, flips, strict=True)]
+        return torch.stack(samples).contiguous(memory_format=torch.channels_last_3d)
+
+    return transform
+
+
+# ---- SASSNet --------------------------------------------------------------------------------------------------------
+
+class Discriminator(nn.Module):
+    """Labeled or unlabeled? From the signed distance maps and the image to logits (B, 2). Its first level has 4 times
+    the V-Net's channels, which are the 64 of the paper for 16."""
+
+    def __init__(self, channels: int, maps: int, filters: int):
+        super().__init__()
+        width = [4 * filters * 2**level for level in range(4)]
+        self.stem_maps, self.stem_image = (nn.Conv3d(n, width[0], 4, 2, 1) for n in (maps, channels))
+        convs = [nn.Conv3d(before, after, 4, 2, 1) for before, after in itertools.pairwise(width)]
+        layers = [(nn.LeakyReLU(0.2), nn.Dropout3d(0.5), conv) for conv in convs]
+        self.body = nn.Sequential(*itertools.chain(*layers), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+        self.head = nn.Linear(width[-1], 2)
+
+    def forward(self, maps: Tensor, image: Tensor) -> Tensor:
+        return self.head(self.body(self.stem_maps(maps) + self.stem_image(image)))
+
+    def optimizer(self) -> Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-4, betas=(0.9, 0.99))
+
+
+def sassnet_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
+    """The student predicts classes and signed distance maps, and the discriminator tells from the maps which patches
+    have labels; in turn, the student makes those of the unlabeled ones look labeled, and the discriminator learns."""
+    student, discriminator = nets
+    n, x = len(batch["x_l"]), torch.cat([batch["x_l"], batch["x_u"]])
+    logits, maps = student(x).tensor_split([student.classes], 1)
+    maps = maps.tanh()  # (B_l + B_u, classes - 1, D, H, W)
+    loss_l = dice_ce(logits[:n], batch["y_l"], **LOSSES["dice"])
+    loss_map = F.mse_loss(maps[:n], signed_distance(batch["y_l"], maps.shape[1]))
+    labeled = torch.arange(len(x), device=x.device) < n
+    loss_u = F.cross_entropy(discriminator(maps[n:], batch["x_u"]), torch.ones_like(labeled[n:], dtype=torch.long))
+    descend(optimizers[0], loss_l + 0.3 * loss_map + 0.01 * ramp(batch, stairs=40) * loss_u)
+    loss_d = F.cross_entropy(discriminator(maps.detach(), x), labeled.long())
+    descend(optimizers[1], loss_d)
+    scalars = dict(loss_l=loss_l, loss_u=loss_u, loss_map=loss_map, loss_discriminator=loss_d)
+    return {name: value.detach() for name, value in scalars.items()}
+
+
+def signed_distance(label: Tensor, maps: int) -> Tensor:
+    """Of labels (B, D, H, W) with classes 1 to `maps`: (B, maps, D, H, W) float32 in [-1, 1], negative inside, 0 on
+    the innermost border, each side divided by its largest distance; 0 where a patch has no such border."""
+    mask = torch.stack([label == value for value in range(1, maps + 1)], 1)
+    there, back = (squared_distance(side).sqrt() for side in (mask, ~mask))  # to the object, and out of it
+    outside, inside = (d / d.amax((2, 3, 4), keepdim=True).clamp(min=1) for d in (there, back))
+    bordered = (mask.flatten(2).any(2) & ~mask.flatten(2).all(2))[..., None, None, None]
+    return torch.where(bordered & (back != 1), outside - inside, 0.0)
+
+
+def squared_distance(target: Tensor) -> Tensor:
+    """Of masks (..., D, H, W), the squared distance in voxels from each voxel to the nearest of the mask: float32,
+    exact, infinite where the mask is empty. Axis by axis, the least of square + (i - j)^2 over all j of a line
+    (Saito and Toriwaki, Pattern Recognition 27(11):1551-1565, 1994), on any device."""
+    square = torch.where(target, 0.0, math.inf)
+    for axis in (-1, -2, -3):
+        lines = square.movedim(axis, -1)  # (..., n)
+        place = torch.arange(lines.shape[-1], dtype=torch.float32, device=target.device)
+        best = torch.full_like(lines, math.inf)
+        for j, steps in enumerate((place[:, None] - place) ** 2):
+            best = torch.minimum(best, lines[..., j, None] + steps)
+        square = best.movedim(-1, axis)
+    return square
+
+
+# ---- what the loop knows of them ------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Method:
+    step: Callable
+    nets: tuple[str, ...] = ("student", "teacher")  # in the step's order; the student's predictions are the result
+    own: dict[str, Callable] = field(default_factory=dict)  # makers of those that are no V-Nets
+    unlabeled: bool = True  # takes batch_u unlabeled patches; else labeled ones in their place
+    dropout: bool = False  # needs dropout in its V-Nets, whatever the Config says
+    maps: bool = False  # its V-Nets have a signed distance map for each foreground class
+
+
+METHODS = {
+    "supervised": Method(supervised_step, ("student",), unlabeled=False),
+    "mt": Method(mt_step),
+    "uamt": Method(uamt_step, dropout=True),
+    "sassnet": Method(sassnet_step, ("student", "discriminator"), {"discriminator": Discriminator}, maps=True),
+    "tcsm": Method(tcsm_step),
+}
