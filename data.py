@@ -119,6 +119,11 @@ class Dataset:
         there = [case.to(device) for case in cases]
         return replace(self, labeled=there[: len(self.labeled)], unlabeled=there[len(self.labeled) :])
 
+    def scored(self, name: str) -> list[Case]:
+        """The cases of a set that have a label to be compared with: "test", or "transductive" ones, which a run trains
+        on as images alone."""
+        return [case for case in (self.test if name == "test" else self.unlabeled) if case.label is not None]
+
     def __str__(self) -> str:
         blind = sum(case.label is None for case in self.test)
         note = f" ({blind} of them without a label: predicted, not scored)" if blind else ""

@@ -386,15 +386,6 @@ def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, it
     return batch
 
 
-def save(path: Path, cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], **progress) -> None:
-    """Weights and all that `predict` and `--resume` need to know about them."""
-    content = dict(config=asdict(cfg), classes=dataset.classes, channels=dataset.channels)
-    weights = {name: net.state_dict() for name, net in nets.items()}
-    if not all(value.isfinite().all() for net in weights.values() for value in net.values()):
-        raise BadInput("weights are no longer finite; lower --lr (the last checkpoint is from before)")
-    record.save_checkpoint(path, content | dict(nets=weights) | progress)
-
-
 def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
     if cfg.schedule == "poly":
         return cfg.lr * (1 - iteration / iterations) ** 0.9
@@ -450,22 +441,16 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             if QUIET and ("eval" in due or done % (cfg.log_every * 20) == 0):
                 print(f"{stage.name} {done}/{stage.iterations}  {text}", flush=True)
             if "save" in due:
-                save(run / "checkpoint.pt", cfg, dataset, nets, stage=number, iteration=done,
-                     optimizers=[optimizer.state_dict() for optimizer in optimizers])
+                record.save(run / "checkpoint.pt", asdict(cfg), dataset, nets, stage=number, iteration=done,
+                            optimizers=[optimizer.state_dict() for optimizer in optimizers])
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------
 
-def scored(dataset: data.Dataset) -> dict[str, list[data.Case]]:
-    """The cases with a label to be compared with. Transductive ones were trained on as images, without their label."""
-    return {"test": [case for case in dataset.test if case.label is not None],
-            "transductive": [case for case in dataset.unlabeled if case.label is not None]}
-
-
 def curve_point(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet]) -> dict[str, float]:
     """Mean foreground Dice of each network on a few scored cases, with quick windows. It is looked at and never
     chosen by: the last checkpoint is the result."""
-    cases = (scored(dataset)["test"] or scored(dataset)["transductive"])[: cfg.eval_cases]
+    cases = (dataset.scored("test") or dataset.scored("transductive"))[: cfg.eval_cases]
     means = {}
     for name, net in nets.items() if cases else ():
         device, dice = next(net.eval().parameters()).device, []
@@ -483,7 +468,7 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
 
     Test cases take the patch and stride of the Config, the many transductive ones quick windows."""
     device, rows, panels = next(nets["student"].parameters()).device, [], []
-    plan = (("test", "predictions", dataset.test), ("transductive", "transductive", scored(dataset)["transductive"]))
+    plan = (("test", "predictions", dataset.test), ("transductive", "transductive", dataset.scored("transductive")))
     for name, folder, cases in plan:
         (run / folder).mkdir(exist_ok=True)
         for case in tqdm(cases, f"{name} cases", disable=QUIET):
@@ -550,11 +535,7 @@ def main(arguments: list[str]) -> None:
     if run:
         if fixed := [name for name in flags if name not in RESUMABLE]:
             raise BadInput(f"--{fixed[0].replace('_', '-')} cannot change in a resumed run; start a new one")
-        try:
-            config = json.loads((run / "config.json").read_text())
-            cfg = config_of(config | flags)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{run / 'config.json'}: not the config of a run ({error})") from None
+        cfg = config_of(record.read_config(run) | flags)
         saved = record.load_checkpoint(run / "checkpoint.pt") if (run / "checkpoint.pt").exists() else None
         if saved and saved["iteration"] > stages(cfg)[saved["stage"]].iterations:
             raise BadInput(f"--iterations {cfg.iterations}: the run is at {saved['iteration']} already")
@@ -573,7 +554,7 @@ def main(arguments: list[str]) -> None:
     record.describe(run, asdict(cfg), dataset, device)
     record.rewind_log(run / "log.jsonl", [stage.name for stage in stages(cfg)], saved)
     train(cfg, dataset, nets, run, saved)
-    save(run / "student.pt", cfg, dataset, {"student": nets["student"]})
+    record.save(run / "student.pt", asdict(cfg), dataset, {"student": nets["student"]})
     torch.backends.cudnn.benchmark = False  # every volume has a shape of its own
     nets = {name: net for name, net in nets.items() if name in NETWORKS}
     record.conclude(asdict(cfg), str(dataset), *test(cfg, dataset, nets, run), run)

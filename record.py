@@ -51,6 +51,22 @@ def environment(device: torch.device) -> dict:
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
 
 
+def read_config(run: Path) -> dict:
+    try:
+        return json.loads((run / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{run / 'config.json'}: not the config of a run ({error})") from None
+
+
+def save(path: Path, config: dict, dataset: data.Dataset, nets: dict[str, torch.nn.Module], **progress) -> None:
+    """Weights and all that `predict` and `--resume` need to know of them; BadInput on weights that are not finite."""
+    weights = {name: net.state_dict() for name, net in nets.items()}
+    if not all(value.isfinite().all() for net in weights.values() for value in net.values()):
+        raise BadInput("weights are no longer finite; lower --lr (the last checkpoint is from before)")
+    about = dict(config=config, classes=dataset.classes, channels=dataset.channels)
+    save_checkpoint(path, about | dict(nets=weights) | progress)
+
+
 def save_checkpoint(path: Path, content: dict) -> None:
     """A file of torch.save whose SHA-256 rides along as the zip archive's comment: torch.load takes it as any other,
     and `load_checkpoint` sees a flipped byte, which torch.load does not."""
