@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 import metrics
 import record
-from data import BadInput, Parser
+from data import PRESETS, BadInput, Parser
 from kernels.dice import dice_ce
 
 QUIET = not sys.stderr.isatty()  # plain lines instead of progress bars where nobody watches them
@@ -47,7 +47,7 @@ def flag(default, help: str, choices: tuple | None = None):
 @dataclass(frozen=True)
 class Config:
     """Every field is a flag of the command line and is saved in the run. Values come from here, then from the data
-    set's recipe (`data.RECIPES`), then from the preset, then from the flags."""
+    set's recipe (`data.RECIPES`), then from the preset (`data.PRESETS`), then from the flags."""
 
     data: str = flag("phantom", f"a data set by name (phantom, {', '.join(data.SOURCES)}) or a folder of your own")
     root: str = flag("", "where the named data set lies (default: data/NAME)")
@@ -114,10 +114,6 @@ class Config:
         return self
 
 
-PRESETS = {
-    "paper": dict(loss="ce", lesson="pseudo", student_start="random", feedback="scalar"),
-    "strong": dict(loss="dice+ce", lesson="both", student_start="pretrained", feedback="scalar"),
-}
 LOSSES = {"ce": dict(dice=0.0, ce=1.0), "dice": dict(dice=1.0, ce=0.0), "dice+ce": dict(dice=0.5, ce=0.5)}
 
 
