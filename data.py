@@ -130,7 +130,7 @@ class Dataset:
         return f"labeled {len(self.labeled)}, unlabeled {len(self.unlabeled)}, test {len(self.test)}{note}"
 
 
-# ---- the data sets by name: values of Config, and where the files come from --------------------------------
+# ---- data sets and presets by name: values of Config, and where the files come from ------------------------
 
 _LA = dict(  # the left-atrium literature's settings, which are the paper's
     patch=(112, 112, 80), stride=(18, 18, 4), batch_l=2, batch_u=2, filters=16, depth=4, dropout=True,
@@ -148,6 +148,10 @@ RECIPES: dict[str, dict] = {
     "hippocampus": dict(_SMALL, patch=(32, 48, 32), stride=(16, 24, 16), iterations=400, pretrain=200, holdout=0.2),
     "phantom": _SMALL,
     "folder": dict(_CUBE, stride=(32, 32, 32), holdout=0.2),  # any other data
+}
+PRESETS = {
+    "paper": dict(loss="ce", lesson="pseudo", student_start="random", feedback="scalar"),
+    "strong": dict(loss="dice+ce", lesson="both", student_start="pretrained", feedback="scalar"),
 }
 SOURCES = {
     "la": "2018 Atrial Segmentation Challenge in the h5 layout of github.com/yulequan/UA-MT, folder data",

@@ -1,6 +1,7 @@
-"""Dice, Jaccard, average surface distance and 95% Hausdorff distance of volumes; tables and intervals.
+"""Dice, Jaccard, average surface distance and 95% Hausdorff distance of volumes.
 
     python metrics.py PRED LABEL [--spacing mm] [--csv FILE] [--empty diagonal]
+    python metrics.py compare RUN RUN ... [--reference METHOD] [--csv FILE] [--markdown FILE] [--plot FILE]
 
 Definitions: MedPy's. A mask's surface is the mask minus its erosion by the 6-neighbor cross; outside the
 volume is background. asd: mean over the prediction's surface of the distance to the label's, this direction
@@ -12,9 +13,7 @@ failure, Dice = Jaccard = 0 and no distance (NaN); failures are counted and show
 `--empty diagonal` makes every distance of a failure the length of the volume's diagonal.
 """
 
-import csv
 import functools
-import io
 import json
 import math
 import sys
@@ -24,10 +23,10 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
-from data import BadInput, Parser, cli, read_nifti, write
+import stats
+from data import BadInput, Parser, cli, read_nifti
+from stats import DISTANCES, METRICS
 
-OVERLAPS, DISTANCES = ("dice", "jaccard"), ("asd", "assd", "hd95")
-METRICS = OVERLAPS + DISTANCES
 REACH = 24  # voxels around a column within which others are searched, along the finer axis
 PROBES = 2**16  # reads at once: half a megabyte of indices, which stays in the cache
 
@@ -192,63 +191,6 @@ def _columns(spacing):
     return offsets[:, order], squares[:, order], lengths[order]
 
 
-def summarize(rows: list[dict], by: tuple[str, ...] = ("set", "network")) -> list[dict]:
-    """A summary for each group of rows (`case` and what `score_classes` gives) that agree in the keys `by`.
-
-    It holds these keys; cases, failures, absent (the latter two count rows); and for each metric a dict of
-    mean, sd, low, high, n over the n cases with a number, a case being the mean over its classes. sd divides
-    by n - 1; low and high are the 95% percentile interval of 10,000 bootstrap resamples, seed fixed.
-    """
-    groups: dict[tuple, dict[str, list[dict]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in by), {}).setdefault(row["case"], []).append(row)
-    summaries = []
-    for key, cases in groups.items():
-        group = sum(cases.values(), [])
-        summary = dict(zip(by, key, strict=True)) | {"cases": len(cases)}
-        summary["failures"] = sum(row["failure"] for row in group)
-        summary["absent"] = sum(math.isnan(row["dice"]) for row in group)
-        for metric in METRICS:
-            numbers = ([r[metric] for r in case if not math.isnan(r[metric])] for case in cases.values())
-            summary[metric] = _interval(np.array([np.mean(case) for case in numbers if case]))
-        summaries.append(summary)
-    return summaries
-
-
-def _interval(values) -> dict[str, float]:
-    if not len(values):
-        return dict.fromkeys(("mean", "sd", "low", "high"), math.nan) | {"n": 0}
-    means = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
-    numbers = values.mean(), values.std(ddof=int(len(values) > 1)), *np.percentile(means, (2.5, 97.5))
-    return dict(zip(("mean", "sd", "low", "high"), map(float, numbers), strict=True)) | {"n": len(values)}
-
-
-def table(rows: list[dict], unit: str = "voxels") -> str:
-    """Rows of scores, or summaries of them, as aligned text: overlaps in percent, distances in `unit`."""
-
-    def cell(key, value) -> str:
-        if isinstance(value, dict):
-            return "{} ± {} [{}, {}]".format(*(cell(key, value[k]) for k in ("mean", "sd", "low", "high")))
-        if isinstance(value, float):
-            return "-" if math.isnan(value) else f"{value * (100 if key in OVERLAPS else 1):.2f}"
-        return str(value)
-
-    titles = {"dice": "Dice %", "jaccard": "Jaccard %"} | {m: f"{m.upper()} {unit}" for m in DISTANCES}
-    lines = [[titles.get(key, key) for key in rows[0]]]
-    lines += [[cell(key, row[key]) for key in rows[0]] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Rows of scores as they are: fractions, not percent."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, text.getvalue())
-
-
 def evaluate(prediction: Path, label: Path, unit: str = "voxels", empty: str = "none") -> list[dict]:
     """A row for each case and class of two NIfTI files, or of two folders of them matched by name.
 
@@ -301,6 +243,8 @@ def _declared(folder: Path) -> dict[int, str]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["compare"]:
+        return stats.main(sys.argv[2:])
     parser = Parser(description="Score predicted label volumes.")
     parser.add_argument("prediction", type=Path, help="a NIfTI file or a folder of them")
     parser.add_argument("label", type=Path, help="the true ones, under the same names")
@@ -310,9 +254,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = evaluate(args.prediction, args.label, args.spacing, args.empty)
     if args.csv:
-        write_csv(args.csv, rows)
-    summaries = summarize(rows, by=("class",)) + [{"class": "mean"} | s for s in summarize(rows, by=())]
-    print(table(rows, args.spacing), table(summaries, args.spacing), sep="\n\n")
+        stats.write_csv(args.csv, rows)
+    summaries = stats.summarize(rows, by=("class",)) + [{"class": "mean"} | s for s in stats.summarize(rows, by=())]
+    print(stats.table(rows, args.spacing), stats.table(summaries, args.spacing), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import data
 import metrics
 import record
 from baselines import METHODS, descend, supervised_step, update
-from data import BadInput, Parser
+from data import PRESETS, BadInput, Parser
 from kernels.dice import LOSSES, dice_ce
 
 NETWORKS = ("student", "teacher")  # those that segment
@@ -49,7 +49,7 @@ def flag(default, help: str, choices: tuple | None = None):
 @dataclass(frozen=True)
 class Config:
     """Every field is a flag of the command line and is saved in the run. Values come from here, then from the data
-    set's recipe (`data.RECIPES`), then from the preset, then from the flags."""
+    set's recipe (`data.RECIPES`), then from the preset (`data.PRESETS`), then from the flags."""
 
     data: str = flag("phantom", f"a data set by name (phantom, {', '.join(data.SOURCES)}) or a folder of your own")
     root: str = flag("", "where the named data set lies (default: data/NAME)")
@@ -116,12 +116,6 @@ class Config:
         if min(self.stride) < 1 or not 0 < self.lr < 1e38 or not self.window[0] < self.window[1]:
             raise BadInput("--stride and --lr must be positive, --window a lower and a higher value")
         return self
-
-
-PRESETS = {
-    "paper": dict(loss="ce", lesson="pseudo", student_start="random", feedback="scalar"),
-    "strong": dict(loss="dice+ce", lesson="both", student_start="pretrained", feedback="scalar"),
-}
 
 
 # ---- the network --------------------------------------------------------------------------------------------------

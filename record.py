@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 import data
-import metrics
 import report
+import stats
 from data import BadInput
 
 
@@ -156,7 +156,7 @@ def lower_bounds(summary: dict, run: Path) -> list[dict]:
 
 def conclude(config: dict, counts: str, rows: list[dict], panels: list[tuple], run: Path) -> None:
     """metrics.csv, summary.json, the pictures and the final table of a run."""
-    scores = metrics.summarize(rows)
+    scores = stats.summarize(rows)
     iterations = sum(len([line for line in lines if "lr" in line]) for _, lines in report.read_log(run / "log.jsonl"))
     summary = dict(config=config, counts=counts, synthetic=config["data"] == "phantom", iterations=iterations,
                    cases=json.loads((run / "cases.json").read_text()), scores=scores)
@@ -167,8 +167,8 @@ def conclude(config: dict, counts: str, rows: list[dict], panels: list[tuple], r
         data.write(run / "overlay.png", report.overlay(panels, title(config)))
     print(f"\n{title(config)}: {counts}")
     if scores:
-        metrics.write_csv(run / "metrics.csv", rows)
-        print(metrics.table(scores + lower_bounds(summary, run), config["spacing"]))
+        stats.write_csv(run / "metrics.csv", rows)
+        print(stats.table(scores + lower_bounds(summary, run), config["spacing"]))
     else:
         print("No case with a label to score: predictions only.")
     print(f"\n{run}: predictions/, metrics.csv, curves.png, overlay.png, student.pt")

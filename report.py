@@ -1,8 +1,9 @@
-"""The pictures: learning curves of a run, overlays of its predictions."""
+"""The pictures: learning curves of a run, overlays of its predictions, differences between methods."""
 
 import io
 import itertools
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,33 @@ def overlay(panels: list[tuple], title: str) -> bytes:
             axis.set_axis_off()
             axis.set_title(f"{text * (plane == 0)}axis {plane}, slice {index}", fontsize=8, loc="left")
     figure.suptitle(f"{title}\nlabel solid, prediction dashed", fontsize=10)
+    return png(figure)
+
+
+def paired(methods: dict[str, tuple[np.ndarray, dict]], reference: str, title: str) -> bytes:
+    """A PNG with a column for each method: its cases' differences in Dice to `reference`, fractions (N,), a dot each,
+    and beside them their mean with its interval (keys mean, low and high)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(max(6, 1.5 + 1.7 * len(methods)), 5), constrained_layout=True)
+    axis.axhline(0, color="0.4", lw=1)
+    for x, (values, interval) in enumerate(methods.values()):
+        jitter = np.arange(len(values)) * 0.618034 % 1 - 0.5  # the golden ratio keeps neighbors in rank apart
+        axis.plot(x - 0.06 + 0.4 * jitter, 100 * np.sort(values), "o", color=f"C{x % 10}", ms=5, mew=0, alpha=0.5)
+        mean, low, high = (100 * interval[key] for key in ("mean", "low", "high"))
+        axis.errorbar(x + 0.28, mean, [[mean - low], [high - mean]], fmt="D", color="k", ms=5, capsize=4, lw=1.5)
+        axis.annotate(f"{mean:+.1f}", (x + 0.34, mean), va="center", fontsize=9,
+                      bbox=dict(facecolor="w", edgecolor="none", pad=1))  # the zero line ends before it
+    names = ["\n".join(textwrap.fill(part, 22) for part in name.split(", ")) for name in methods]
+    axis.set_xticks(range(len(methods)), names, fontsize=9)
+    axis.set(xlim=(-0.5, len(methods) - 0.3), ylabel=f"Dice minus that of\n{reference}, points")
+    axis.grid(axis="y", color="0.92")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{title}\na dot is a case; diamonds: mean and its 95% interval", fontsize=10)
     return png(figure)
 
 

@@ -13,6 +13,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 import metrics
+import stats
 from data import BadInput, cli
 
 SPACINGS = [None, 0.3, (2.0, 1.0, 0.5), (0.7, 1.3, 3.1), (5.0, 0.4, 0.4), (1e-3, 1.0, 1.0)]
@@ -196,12 +197,12 @@ def test_summary_means_classes_before_cases():
     rows = [rows_of(0.5, 1.0, case="a", name="x"), rows_of(0.7, 3.0, case="a", name="y"),
             rows_of(0.8, 6.0, case="b", name="x"), rows_of(math.nan, math.nan, case="b", name="y"),
             rows_of(0.0, math.nan, failure=1, case="c", name="x")]  # fmt: skip
-    (summary,) = metrics.summarize(rows, by=())
+    (summary,) = stats.summarize(rows, by=())
     assert (summary["cases"], summary["failures"], summary["absent"]) == (3, 1, 1)
     assert summary["dice"]["mean"] == pytest.approx((0.6 + 0.8 + 0.0) / 3) and summary["dice"]["n"] == 3
     assert summary["dice"]["sd"] == pytest.approx(np.std([0.6, 0.8, 0.0], ddof=1))
     assert (summary["hd95"]["mean"], summary["hd95"]["n"]) == (4.0, 2)  # a failure is not 0 mm
-    (alone,) = metrics.summarize(rows[-1:], by=())
+    (alone,) = stats.summarize(rows[-1:], by=())
     assert alone["dice"] == {"mean": 0, "sd": 0, "low": 0, "high": 0, "n": 1}
     assert alone["hd95"]["n"] == 0 and math.isnan(alone["hd95"]["mean"])
 
@@ -210,12 +211,12 @@ def test_summary_groups():
     rows = [rows_of(d, 1.0, case=c, set=s, network=n)
             for s, n, d in (("test", "student", 0.9), ("test", "teacher", 0.8), ("other", "student", 0.7))
             for c in "ab"]  # fmt: skip
-    summaries = metrics.summarize(rows)
+    summaries = stats.summarize(rows)
     assert [(s["set"], s["network"], s["cases"]) for s in summaries] == [
         ("test", "student", 2), ("test", "teacher", 2), ("other", "student", 2)]  # fmt: skip
     assert [round(s["dice"]["mean"], 9) for s in summaries] == [0.9, 0.8, 0.7]
-    assert metrics.summarize([]) == []
-    text = metrics.table(summaries, "mm").splitlines()
+    assert stats.summarize([]) == []
+    text = stats.table(summaries, "mm").splitlines()
     assert len(text) == 4 and "HD95 mm" in text[0] and "90.00 ± 0.00 [90.00, 90.00]" in text[1]
 
 
@@ -223,7 +224,7 @@ def test_interval_is_scipys_and_covers():
     """The percentile bootstrap of SciPy, and near the normal interval on many normal values."""
     bootstrap = pytest.importorskip("scipy.stats").bootstrap
     values = np.random.default_rng(3).normal(10, 2, 400)
-    (summary,) = metrics.summarize([rows_of(v, 1.0, case=i) for i, v in enumerate(values)], by=())
+    (summary,) = stats.summarize([rows_of(v, 1.0, case=i) for i, v in enumerate(values)], by=())
     low, high = summary["dice"]["low"], summary["dice"]["high"]
     other = bootstrap((values,), np.mean, method="percentile", random_state=1).confidence_interval
     half = 1.96 * values.std(ddof=1) / 20
@@ -278,7 +279,7 @@ def test_diagonal(folders, unit, size):
     rows = metrics.evaluate(*folders[:2], unit, "diagonal")
     assert [rows[4][name] for name in metrics.DISTANCES] == pytest.approx([math.hypot(*size)] * 3)
     assert rows[4]["failure"] == 1 and rows[2]["hd95"] < 3
-    assert metrics.summarize(rows, by=())[0]["hd95"]["n"] == 3
+    assert stats.summarize(rows, by=())[0]["hd95"]["n"] == 3
 
 
 @pytest.mark.parametrize("labels", ['{"background": 0, "head": 1, "tail": 2, "x": 3}',
