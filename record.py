@@ -136,6 +136,7 @@ def progress(lines: list[dict]) -> str:
 
 def title(config: dict) -> str:
     preset = f" ({config['preset']})" if config["method"] == "reciprocal" else ""
+    preset += f", feedback {config['feedback']}" * (preset != "" and config["feedback"] != "scalar")
     synthetic = ", synthetic data" * (config["data"] == "phantom")
     return f"{Path(config['data']).name} {config['method']}{preset}, seed {config['seed']}{synthetic}"
 
