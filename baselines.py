@@ -14,7 +14,7 @@ of its 6000 is here a share of the run, so that a short run has the whole ramp.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,13 +23,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+import ranks
 from kernels.dice import LOSSES, dice_ce
+
+
+def named_loss(name: str, logits: Tensor, label: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`dice_ce` by the name of a flag, of the batch of all ranks."""
+    return dice_ce(logits, label, **LOSSES[name], scale=scale, group=ranks.group())
+
+
+def gradients_of(loss: Tensor, weights: list[Tensor]) -> Sequence[Tensor]:
+    """The gradients of these weights alone, averaged over the ranks."""
+    return ranks.average(torch.autograd.grad(loss, weights))
 
 
 def descend(optimizer: Optimizer, loss: Tensor) -> None:
     """One step down `loss` for the weights of this optimizer, and for no others that the loss has met."""
-    weights = optimizer.param_groups[0]["params"]
-    update(optimizer, torch.autograd.grad(loss, weights))
+    update(optimizer, gradients_of(loss, optimizer.param_groups[0]["params"]))
 
 
 def update(optimizer: Optimizer, gradients) -> None:
@@ -41,7 +51,7 @@ def update(optimizer: Optimizer, gradients) -> None:
 
 
 def supervised_step(nets: list[nn.Module], optimizers: list[Optimizer], batch: dict, cfg) -> dict[str, Tensor]:
-    loss_l = dice_ce(nets[0](batch["x_l"]), batch["y_l"], **LOSSES[cfg.supervised_loss])
+    loss_l = named_loss(cfg.supervised_loss, nets[0](batch["x_l"]), batch["y_l"])
     descend(optimizers[0], loss_l)
     return {"loss_l": loss_l.detach()}
 
@@ -57,7 +67,7 @@ def averaged_step(nets, optimizers, batch: dict, cfg, consistency: Callable) -> 
     student, teacher = nets
     x = torch.cat([batch["x_l"], batch["x_u"]])
     logits = student(x)  # (B_l + B_u, classes, D, H, W)
-    loss_l = dice_ce(logits[: len(batch["x_l"])], batch["y_l"], **LOSSES[cfg.supervised_loss])
+    loss_l = named_loss(cfg.supervised_loss, logits[: len(batch["x_l"])], batch["y_l"])
     loss_u = consistency(logits.softmax(1), x, teacher)
     descend(optimizers[0], loss_l + 0.1 * ramp(batch, stairs=40) * loss_u)
     decay = min(1 - 1 / (batch["iteration"] + 1), 0.99)  # 0 at first: the teacher begins as the student
@@ -166,7 +176,7 @@ def sassnet_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
     n, x = len(batch["x_l"]), torch.cat([batch["x_l"], batch["x_u"]])
     logits, maps = student(x).tensor_split([student.classes], 1)
     maps = maps.tanh()  # (B_l + B_u, classes - 1, D, H, W)
-    loss_l = dice_ce(logits[:n], batch["y_l"], **LOSSES["dice"])
+    loss_l = named_loss("dice", logits[:n], batch["y_l"])
     loss_map = F.mse_loss(maps[:n], signed_distance(batch["y_l"], maps.shape[1]))
     labeled = torch.arange(len(x), device=x.device) < n
     loss_u = F.cross_entropy(discriminator(maps[n:], batch["x_u"]), torch.ones_like(labeled[n:], dtype=torch.long))

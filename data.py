@@ -39,6 +39,8 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from tqdm import tqdm
 
+import ranks
+
 
 class BadInput(Exception):
     """The user's mistake, told in one line: what is wrong, which file, what to do."""
@@ -71,7 +73,7 @@ def cli(main: Callable[[], int | None]) -> int:
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{ranks.LOCAL}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device).tolist()
@@ -165,7 +167,8 @@ SOURCES = {
 
 def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, stream: int, iteration: int,
          augment: str, noise: float = 0, labeled: bool = True, device="cpu") -> tuple[Tensor, Tensor | None]:
-    """n random patches: image (n, C, *patch) float32; label (n, *patch) uint8, or None where not `labeled`.
+    """n random patches, or this rank's share of them: image (n, C, *patch) float32; label (n, *patch) uint8, or None
+    where not `labeled`.
 
     Every random number comes from (seed, stream, iteration, sample) alone: neither resuming nor the order of
     calls changes anything; `stream` keeps the uses apart. Cases come without replacement within an epoch, a
@@ -176,7 +179,7 @@ def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, s
     normalized image, clipped at two of them (0.05 in the paper's pancreas experiments).
     """
     samples = []
-    for sample in range(n):
+    for sample in ranks.mine(range(n)):
         epoch, position = divmod(iteration * n + sample, len(cases))
         # numpy pads a short seed with zeros: the last entries, 0 and 1 up, keep the two generators apart
         order = np.random.default_rng([seed, stream, epoch, 0]).permutation(len(cases))

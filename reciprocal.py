@@ -32,13 +32,13 @@ from tqdm import tqdm
 
 import data
 import metrics
+import ranks
 import record
-from baselines import METHODS, descend, supervised_step, update
+from baselines import METHODS, descend, gradients_of, named_loss, supervised_step, update
 from data import PRESETS, BadInput, Parser
-from kernels.dice import LOSSES, dice_ce
 
 NETWORKS = ("student", "teacher")  # those that segment
-QUIET = not sys.stderr.isatty()  # plain lines instead of progress bars where nobody watches them
+QUIET = ranks.RANK > 0 or not sys.stderr.isatty()  # plain lines instead of progress bars where nobody watches them
 
 # ---- Config -------------------------------------------------------------------------------------------------------
 
@@ -97,6 +97,7 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     amp: str = flag("auto", "autocast; auto is bf16 on CUDA and off elsewhere", ("auto", "bf16", "off"))
     deterministic: bool = flag(False, "deterministic algorithms only")
+    sync_norm: bool = flag(False, "batch statistics over all GPUs of torchrun, else each its own")
     log_every: int = flag(10, "iterations between two reads of the losses from the device")
     eval_every: int = flag(500, "iterations between two points of the Dice curve")
     eval_cases: int = flag(4, "scored cases behind the Dice curve")
@@ -113,12 +114,22 @@ class Config:
         if any(p % side or p < side for p in self.patch):
             raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
                            "2 ** depth; choose such sides or a smaller --depth")
+        if any(n % ranks.WORLD for n in (self.batch_l, self.batch_u)):
+            raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: not a multiple of the "
+                           f"{ranks.WORLD} ranks")
         if min(self.stride) < 1 or not 0 < self.lr < 1e38 or not self.window[0] < self.window[1]:
             raise BadInput("--stride and --lr must be positive, --window a lower and a higher value")
         return self
 
 
 # ---- the network --------------------------------------------------------------------------------------------------
+
+class Norm(nn.BatchNorm2d):
+    """BatchNorm3d, bit for bit, in the layout for which PyTorch has fast kernels: channels_last has none in 5-D."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(2, 3)).unflatten(2, x.shape[2:4])  # views
+
 
 class VNet(nn.Module):
     """The V-Net of this literature (Milletari et al. 2016 in the form of UA-MT, Yu et al. 2019): 3x3x3 convolutions
@@ -141,7 +152,7 @@ class VNet(nn.Module):
             return nn.Sequential(*(unit(nn.Conv3d(i, after, 3, padding=1)) for i in ins))
 
         def unit(conv: nn.Module) -> nn.Sequential:
-            return nn.Sequential(conv, nn.BatchNorm3d(conv.out_channels), nn.ReLU(inplace=True))
+            return nn.Sequential(conv, Norm(conv.out_channels), nn.ReLU(inplace=True))
 
         pairs = list(itertools.pairwise(width))
         self.encoder = nn.ModuleList(map(block, convs, [channels] + width[1:], width))
@@ -181,7 +192,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     s_weights = list(student.parameters())
 
     def loss(logits: Tensor, label: Tensor) -> Tensor:
-        return dice_ce(logits, label, **LOSSES[cfg.loss])
+        return named_loss(cfg.loss, logits, label)
 
     t_logits_u = teacher(batch["x_u"])  # (B_u, classes, D, H, W), graph kept for the feedback
     pseudo_label = t_logits_u.detach().argmax(1).to(torch.uint8)  # (B_u, D, H, W)
@@ -191,9 +202,9 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
 
     # 1. The lesson: the student sees only the pseudo label (and, with `--lesson both`, labeled patches of its own).
     loss_u = loss(student(batch["x_u"]), pseudo_label)
-    lesson = g_u = torch.autograd.grad(loss_u, s_weights)
+    lesson = g_u = gradients_of(loss_u, s_weights)
     if cfg.lesson == "both":
-        g_s = torch.autograd.grad(loss(student(batch["x_s"]), batch["y_s"]), s_weights)
+        g_s = gradients_of(loss(student(batch["x_s"]), batch["y_s"]), s_weights)
         lesson = [u + s for u, s in zip(g_u, g_s, strict=True)]
     update(s_optimizer, lesson)
 
@@ -205,8 +216,9 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
 
     # 3. The feedback h. The labeled part of the lesson owes nothing to the pseudo label: the scalar credits g_u alone.
     if cfg.feedback in ("scalar", "shuffled"):
-        g_l = torch.autograd.grad(loss_exam, s_weights)
-        feedback = s_optimizer.param_groups[0]["lr"] * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
+        g_l = gradients_of(loss_exam, s_weights)
+        u, v = (torch.cat([g.flatten() for g in gradients]) for gradients in (g_u, g_l))
+        feedback = s_optimizer.param_groups[0]["lr"] * (u * v).sum()
         if cfg.feedback == "shuffled":
             feedback = feedback * (2 * torch.randint(2, (), device=feedback.device) - 1)
     elif cfg.feedback == "difference":
@@ -218,7 +230,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     loss_l = loss(teacher(batch["x_l"]), batch["y_l"])
     loss_t = loss_l
     if cfg.feedback != "off":
-        loss_t = loss_l + dice_ce(t_logits_u, pseudo_label, **LOSSES["ce"], scale=feedback)
+        loss_t = loss_l + named_loss("ce", t_logits_u, pseudo_label, scale=feedback)
     descend(t_optimizer, loss_t)
     scalars = dict(loss_l=loss_l, loss_u=loss_u, loss_exam=loss_exam, feedback=feedback)
     return {name: value.detach() for name, value in scalars.items()}
@@ -228,7 +240,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
 def exam(net: nn.Module, dropout: bool = True):
     """An exam teaches nothing: batch statistics normalize as in training, but leave no trace in the running ones.
     Two exams are compared without dropout, or its chance would be all their difference."""
-    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm3d)]
+    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
@@ -358,6 +370,8 @@ def networks(cfg: Config, dataset: data.Dataset, device: torch.device, saved: di
             record.load_weights(net, saved, name, "checkpoint.pt")
         elif source := {"student": cfg.student_from, "teacher": cfg.teacher_from}.get(name):
             record.load_weights(net, record.load_checkpoint(source), "student", source)
+        if cfg.sync_norm and ranks.WORLD > 1:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         nets[name] = net.to(device, memory_format=torch.channels_last_3d)
     return nets
 
@@ -374,7 +388,8 @@ def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, it
     if n := labeled.pop("u", 0):
         batch["x_u"], _ = patches(dataset.unlabeled, n, 1, labeled=False)
     # One draw without replacement: the exam's cases are not those of the lesson while there are enough of them.
-    images, labels = (x.split([*labeled.values()]) for x in patches(dataset.labeled, sum(labeled.values()), 0))
+    sizes = [n // ranks.WORLD for n in labeled.values()]
+    images, labels = (x.split(sizes) for x in patches(dataset.labeled, sum(labeled.values()), 0))
     for part, image, label in zip(labeled, images, labels, strict=True):
         batch |= {f"x_{part}": image, f"y_{part}": label}
     return batch
@@ -413,7 +428,7 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             for net, optimizer in zip(trained, optimizers, strict=True):
                 if isinstance(net, VNet):
                     optimizer.param_groups[0]["lr"] = lr
-            reseed(cfg.seed, number, iteration + 1)  # 0 stands for the weights
+            reseed(cfg.seed, number, iteration + 1, ranks.RANK)  # iteration 0 stands for the weights
             batch = make_batch(cfg, dataset, number, stage, iteration, device)
             with autocast(cfg, device):
                 scalars = stage.step(trained, optimizers, batch, cfg)
@@ -424,10 +439,13 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
                    if done % getattr(cfg, every + "_every") == 0 or done == stage.iterations]
             if not due:
                 continue
+            ranks.average_buffers(trained)
             lines, pending = record.read_scalars(pending), []
             if "eval" in due:
                 dice = curve_point(cfg, dataset, {name: nets[name] for name in stage.nets if name in NETWORKS})
                 lines.append(dict(stage=stage.name, iteration=done, dice=dice))
+            if ranks.RANK:
+                continue  # one rank writes
             with open(run / "log.jsonl", "a") as log:
                 log.writelines(json.dumps(line) + "\n" for line in lines)
             text = record.progress(lines)
@@ -448,37 +466,36 @@ def curve_point(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet]) -> di
     means = {}
     for name, net in nets.items() if cases else ():
         device, dice = next(net.eval().parameters()).device, []
-        for case in (case.to(device) for case in cases):
+        for case in (case.to(device) for case in ranks.mine(cases)):
             label = predict_label(net, case.volume(), cfg, quick=True)
-            dice += [metrics.dice(label == value, case.label == value) for value in range(1, len(dataset.classes))]
-        means[name] = float(np.nanmean(dice))
+            dice.append([metrics.dice(label == value, case.label == value) for value in range(1, len(dataset.classes))])
+        means[name] = float(np.nanmean(ranks.gather(dice)))
         net.train()
     return means
 
 
-def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -> tuple[list[dict], list[tuple]]:
-    """Predict and score every case that training has not seen with its label, by student and teacher; the student's
-    predictions go to predictions/ (test) and transductive/. Rows of metrics, and the panels of the overlay.
+def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -> list[dict]:
+    """Predict and score every case that training has not seen with its label, by student and teacher: rows of metrics.
+    The student's predictions go to predictions/ (test) and transductive/.
 
     Test cases take the patch and stride of the Config, the many transductive ones quick windows."""
-    device, rows, panels = next(nets["student"].parameters()).device, [], []
-    plan = (("test", "predictions", dataset.test), ("transductive", "transductive", dataset.scored("transductive")))
-    for name, folder, cases in plan:
-        (run / folder).mkdir(exist_ok=True)
-        for case in tqdm(cases, f"{name} cases", disable=QUIET):
-            case = case.to(device)
-            spacing = case.spacing if cfg.spacing == "mm" else None
+    device, rows = next(nets["student"].parameters()).device, []
+    for name, cases in (("test", dataset.test), ("transductive", dataset.scored("transductive"))):
+        data.make_folder(run / record.PREDICTED[name])
+        scores: list[list[dict]] = []  # a list a case
+        for case in tqdm(ranks.mine(cases), f"{name} cases", disable=QUIET):
+            case, spacing = case.to(device), case.spacing if cfg.spacing == "mm" else None
+            scores.append([])
             for network, net in nets.items() if case.label is not None else [("student", nets["student"])]:
                 label = predict_label(net.eval(), case.volume(), cfg, quick=name == "transductive")
-                scores = []
                 if case.label is not None:
-                    scores = metrics.score_classes(label, case.label, dataset.classes, spacing)
-                    rows += [dict(set=name, network=network, case=case.name) | row for row in scores]
+                    found = metrics.score_classes(label, case.label, dataset.classes, spacing)
+                    scores[-1] += [dict(set=name, network=network, case=case.name) | row for row in found]
                 if network == "student":
-                    data.write_label(run / folder / f"{case.name}.nii.gz", label.cpu(), case.affine)
-                    dice = float(np.nanmean([row["dice"] for row in scores])) if scores else np.nan
-                    panels.append((name, dice, case.to("cpu"), label.cpu()))
-    return rows, panels
+                    path = run / record.PREDICTED[name] / f"{case.name}.nii.gz"
+                    data.write_label(path, label.cpu(), case.affine)
+        rows += itertools.chain(*ranks.gather(scores))
+    return rows
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------
@@ -539,19 +556,19 @@ def main(arguments: list[str]) -> None:
     torch.use_deterministic_algorithms(cfg.deterministic)
     torch.backends.cudnn.benchmark = not cfg.deterministic
 
+    ranks.join(device)
     dataset = data.load(cfg.data, cfg.root, cfg.labeled, cfg.holdout, cfg.normalize, cfg.window).to(device)
-    print(dataset, flush=True)
     if cfg.method != "supervised" and not dataset.unlabeled:
         raise BadInput("no unlabeled case to learn from: lower --labeled, or choose --method supervised")
     nets = networks(cfg, dataset, device, saved)
-    run = run or record.new_run(asdict(cfg))
-    record.describe(run, asdict(cfg), dataset, device)
-    record.rewind_log(run / "log.jsonl", [stage.name for stage in stages(cfg)], saved)
+    names = [stage.name for stage in stages(cfg)]
+    run = ranks.first(lambda: record.open_run(run, asdict(cfg), dataset, device, names, saved))
     train(cfg, dataset, nets, run, saved)
-    record.save(run / "student.pt", asdict(cfg), dataset, {"student": nets["student"]})
     torch.backends.cudnn.benchmark = False  # every volume has a shape of its own
-    nets = {name: net for name, net in nets.items() if name in NETWORKS}
-    record.conclude(asdict(cfg), str(dataset), *test(cfg, dataset, nets, run), run)
+    rows = test(cfg, dataset, {name: net for name, net in nets.items() if name in NETWORKS}, run)
+    if ranks.RANK == 0:
+        record.save(run / "student.pt", asdict(cfg), dataset, {"student": nets["student"]})
+        record.conclude(asdict(cfg), dataset, rows, run)
 
 
 def predict(arguments: list[str]) -> None:

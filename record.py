@@ -18,6 +18,17 @@ import report
 import stats
 from data import BadInput
 
+PREDICTED = {"test": "predictions", "transductive": "transductive"}  # the folders of the sets
+
+
+def open_run(run: Path | None, config: dict, dataset: data.Dataset, device, stages: list[str], saved) -> Path:
+    """The folder of a run that begins, or (`run`) goes on from the checkpoint `saved`: described, its log rewound."""
+    print(dataset, flush=True)
+    run = run or new_run(config)
+    describe(run, config, dataset, device)
+    rewind_log(run / "log.jsonl", stages, saved)
+    return run
+
 
 def new_run(config: dict) -> Path:
     """The folder of --out, which must not exist, or a new one in runs/."""
@@ -155,8 +166,23 @@ def lower_bounds(summary: dict, run: Path) -> list[dict]:
     return rows
 
 
-def conclude(config: dict, counts: str, rows: list[dict], panels: list[tuple], run: Path) -> None:
+def panels(dataset: data.Dataset, rows: list[dict], run: Path) -> list[tuple]:
+    """What the overlay shows: (set, Dice or NaN, case, prediction (D, H, W)) of the worst, the median and the best
+    test case by the student, of transductive ones where no test case is scored, of the first three where none is."""
+    cases = {"test": dataset.test, "transductive": dataset.scored("transductive")}
+    name = "test" if dataset.scored("test") or not cases["transductive"] else "transductive"
+    dice = {case.name: [row["dice"] for row in rows if row["case"] == case.name and row["network"] == "student"
+                        and not np.isnan(row["dice"])] for case in cases[name]}
+    known = sorted((np.mean(dice[case.name]), i) for i, case in enumerate(cases[name]) if dice[case.name])
+    chosen = [known[i] for i in sorted({0, len(known) // 2, len(known) - 1})] if known else [
+        (np.nan, i) for i in range(min(3, len(cases[name])))]
+    read = lambda case: data.read_nifti(run / PREDICTED[name] / f"{case.name}.nii.gz")[0]  # noqa: E731
+    return [(name, mean, cases[name][i].to("cpu"), read(cases[name][i])) for mean, i in chosen]
+
+
+def conclude(config: dict, dataset: data.Dataset, rows: list[dict], run: Path) -> None:
     """metrics.csv, summary.json, the pictures and the final table of a run."""
+    counts = str(dataset)
     scores = stats.summarize(rows)
     iterations = sum(len([line for line in lines if "lr" in line]) for _, lines in report.read_log(run / "log.jsonl"))
     summary = dict(config=config, counts=counts, synthetic=config["data"] == "phantom", iterations=iterations,
@@ -164,8 +190,8 @@ def conclude(config: dict, counts: str, rows: list[dict], panels: list[tuple], r
     summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)  # JSON has no NaN
     data.write(run / "summary.json", json.dumps(summary, indent=1))
     data.write(run / "curves.png", report.curves(run / "log.jsonl", title(config)))
-    if panels:
-        data.write(run / "overlay.png", report.overlay(panels, title(config)))
+    if shown := panels(dataset, rows, run):
+        data.write(run / "overlay.png", report.overlay(shown, title(config)))
     print(f"\n{title(config)}: {counts}")
     if scores:
         stats.write_csv(run / "metrics.csv", rows)

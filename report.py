@@ -62,22 +62,17 @@ def curves(log: Path, title: str) -> bytes:
 
 
 def overlay(panels: list[tuple], title: str) -> bytes:
-    """A PNG of the worst, the median and the best case, or of the first three where none is scored: cases in rows
-    and the three planes in columns, each where the label is largest. A panel is (set, Dice or NaN, case, prediction
-    (D, H, W)); the label's contours are solid, the prediction's dashed, a color for each class."""
+    """A PNG of some cases, in rows, and the three planes in columns, each where the label is largest. A panel is (set,
+    Dice or NaN, case, prediction (D, H, W)); the label's contours are solid, the prediction's dashed, a color for each
+    class."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    known = [panel for panel in panels if panel[1] == panel[1]]
-    if known:  # the test cases if any of them has a label
-        known = sorted((panel for panel in known if panel[0] == known[0][0]), key=lambda panel: panel[1])
-        panels = [known[i] for i in sorted({0, len(known) // 2, len(known) - 1})]
-    figure, axes = plt.subplots(len(panels[:3]), 3, figsize=(9, 3.1 * len(panels[:3])), squeeze=False,
-                                constrained_layout=True)
-    for row, (name, dice, case, prediction) in zip(axes, panels[:3], strict=True):
-        image, prediction = case.volume()[0].numpy(), prediction.numpy()
+    figure, axes = plt.subplots(len(panels), 3, figsize=(9, 3.1 * len(panels)), squeeze=False, constrained_layout=True)
+    for row, (name, dice, case, prediction) in zip(axes, panels, strict=True):
+        image = case.volume()[0].numpy()
         masks = [prediction] if case.label is None else [case.label.numpy(), prediction]
         shown = masks[0] if masks[0].any() else prediction
         low, high = np.percentile(image, (1, 99))

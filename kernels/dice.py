@@ -20,7 +20,9 @@ and the chain through the softmax, dp_k/dz_c = p_k ([k = c] - p_c), with w = ce 
 
     dloss/dz_c = p_c (g_c - sum_k p_k g_k) + w (p_c - t_c).
 
-So a voxel's gradient needs its own logits and label and, of all others, no more than 2 K + 1 numbers.
+So a voxel's gradient needs its own logits and label and, of all others, no more than 2 K + 1 numbers. For a "batch"
+that is spread over the ranks of a process group these come from the ranks' sums, added up; its gradient is multiplied
+by the number of ranks, for their mean, which data-parallel training takes, is then that of the whole batch.
 
 The bytes
 ---------
@@ -30,6 +32,7 @@ backward pass, which writes the gradient, 2 C s + l: 3 C s + 2 l in all. With C 
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -57,6 +60,7 @@ def reference(
     background: bool = False,
     ignore: int | None = None,
     scale: Tensor | None = None,
+    group=None,
 ) -> Tensor:
     """The same loss in plain PyTorch, differentiable, on any device; float64 stays float64. See `dice_ce`."""
     z, y = logits.flatten(2), label.flatten(1)  # (B, C, V), (B, V)
@@ -65,15 +69,24 @@ def reference(
     if ignore is not None:
         counted &= y != ignore
     axes = (0, 1) if form == "batch" else 1
+
+    def whole(x: Tensor) -> Tensor:
+        """The sum over the ranks; its gradient is this rank's part of it, times their number."""
+        if group is None:
+            return x
+        total, part = x.detach().clone(), x * dist.get_world_size(group)
+        dist.all_reduce(total, group=group)
+        return total + (part - part.detach())
+
     nll, losses = 0, []
     for c, log_p in enumerate(z.log_softmax(1).unbind(1)):  # (B, V) each
         t = ((y == c) & counted).to(z.dtype)
         nll = nll - (log_p * t).sum()
         if dice and (c or background):
             p = log_p.exp() * counted
-            size = (p * p if form == "batch" else p).sum(axes) + t.sum(axes)
-            losses.append(1 - (2 * (p * t).sum(axes) + EPSILON) / (size + EPSILON))
-    loss = ce * nll / counted.sum().clamp(min=1)
+            size = whole((p * p if form == "batch" else p).sum(axes) + t.sum(axes))
+            losses.append(1 - (2 * whole((p * t).sum(axes)) + EPSILON) / (size + EPSILON))
+    loss = ce * whole(nll) / whole(counted.sum()).clamp(min=1)
     loss = loss + dice * torch.stack(losses).mean() if dice else loss
     return loss if scale is None else loss * scale.detach()
 
@@ -230,19 +243,22 @@ if triton:
 
 class _DiceCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, label, dice, ce, form, background, ignore, scale):
+    def forward(ctx, logits, label, dice, ce, form, background, ignore, scale, group):
         z, y = logits.flatten(2), label.flatten(1)  # (B, C, V), (B, V): views of either memory format
         B, C, V = z.shape
         ctx.config, finish = launch(C, z.itemsize, form, background)
         parts = triton.cdiv(V, ctx.config["SPAN"])
         groups = 1 if form == "batch" else B
         ctx.shape, ctx.grid, ctx.groups = logits.shape, (parts, B), groups
+        ctx.ranks = 1 if group is None else dist.get_world_size(group)
         ctx.sizes = V, -1 if ignore is None else ignore, *z.stride(), *y.stride()
         sums = z.new_empty((3 * C + 1, B * parts), dtype=torch.float32)
         coef = z.new_empty(groups * 2 * C + 1, dtype=torch.float32)
         loss = z.new_empty((), dtype=torch.float32)
         with torch.cuda.device_of(z):
             _sums[ctx.grid](z, y, sums, *ctx.sizes, **ctx.config)
+            if group is not None:
+                dist.all_reduce(sums, group=group)
             columns = B * parts // groups
             _finish[(1,)](sums, loss, coef, scale, float(dice), float(ce), EPSILON, groups, columns, **finish)
         ctx.save_for_backward(z, y, coef)
@@ -252,9 +268,10 @@ class _DiceCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         z, y, coef = ctx.saved_tensors
+        upstream = upstream * ctx.ranks if ctx.ranks > 1 else upstream
         grad = torch.empty_like(z)  # in the memory format of z
         _gradient[ctx.grid](z, y, grad, coef, upstream, ctx.groups, *ctx.sizes, *grad.stride(), **ctx.config)
-        return grad.view(ctx.shape), *[None] * 7
+        return grad.view(ctx.shape), *[None] * 8
 
 
 def dice_ce(
@@ -267,6 +284,7 @@ def dice_ce(
     background: bool = False,
     ignore: int | None = None,
     scale: Tensor | None = None,
+    group=None,
 ) -> Tensor:
     """scale (ce cross-entropy + dice Dice loss), one number in float32, differentiable once in the logits.
 
@@ -278,6 +296,7 @@ def dice_ce(
 
     form "batch": squared sums of a class over the whole batch, as the left-atrium literature has it (the Dice of
     Milletari et al., V-Net, 3DV 2016). form "sample": plain sums per sample and class (MONAI, nnU-Net).
+    group: a process group of torch.distributed whose ranks hold equal shares of a "batch"; the loss is of all of it.
 
     On a GPU three kernels, no synchronization, the same bits each time; fit for a CUDA graph. More than 16 classes
     and float64 take the reference, as does a machine without a GPU. ValueError where the input does not fit.
@@ -291,11 +310,14 @@ def dice_ce(
         )
     if form not in ("batch", "sample"):
         raise ValueError(f'form is "batch" or "sample": {form!r}')
+    if group is not None and form != "batch":
+        raise ValueError('a group adds up the sums of form "batch"')
     if scale is not None and scale.ndim:
         raise ValueError(f"scale is a tensor without dimensions: {tuple(scale.shape)}")
     if any(t is not None and t.device != logits.device for t in (label, scale)):
         raise ValueError(f"logits are on {logits.device}, label or scale is not")
     kernels = triton and (logits.is_cuda or INTERPRETED)
     if not kernels or logits.shape[1] > MAX_CLASSES or logits.dtype == torch.float64:
-        return reference(logits, label, dice, ce, form=form, background=background, ignore=ignore, scale=scale)
-    return _DiceCE.apply(logits, label, dice, ce, form, background, ignore, scale)
+        more = dict(form=form, background=background, ignore=ignore, scale=scale, group=group)
+        return reference(logits, label, dice, ce, **more)
+    return _DiceCE.apply(logits, label, dice, ce, form, background, ignore, scale, group)

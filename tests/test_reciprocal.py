@@ -162,7 +162,7 @@ def test_step_equals_the_formulas_written_out(preset):
     scalars = reciprocal_step([teacher, student], optimizers, batch, cfg)
 
     def loss(logits, label):
-        return kernels.dice.reference(logits, label, **reciprocal.LOSSES[cfg.loss])
+        return kernels.dice.reference(logits, label, **kernels.dice.LOSSES[cfg.loss])
 
     def gradients(net, *losses):
         total = [torch.zeros_like(p) for p in net.parameters()]
