@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-import ranks
+import devices
 from kernels.dice import LOSSES, dice_ce
 
 
 def named_loss(name: str, logits: Tensor, label: Tensor, scale: Tensor | None = None) -> Tensor:
     """`dice_ce` by the name of a flag, of the batch of all ranks."""
-    return dice_ce(logits, label, **LOSSES[name], scale=scale, group=ranks.group())
+    return dice_ce(logits, label, **LOSSES[name], scale=scale, group=devices.group())
 
 
 def gradients_of(loss: Tensor, weights: list[Tensor]) -> Sequence[Tensor]:
     """The gradients of these weights alone, averaged over the ranks."""
-    return ranks.average(torch.autograd.grad(loss, weights))
+    return devices.average(torch.autograd.grad(loss, weights))
 
 
 def descend(optimizer: Optimizer, loss: Tensor) -> None:

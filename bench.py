@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 import data
+import devices
 import metrics
 import reciprocal
 import record
-from data import BadInput, Parser
+from cli import BadInput, Parser, cli
 from kernels.dice import dice_ce, reference
 
 
@@ -222,7 +223,7 @@ SIZES = {"train": (64, 64, 48), "dice": (112, 112, 80), "surface": (190, 140, 88
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=BENCHES)
-    parser.add_argument("--device", type=data.pick_device, default="auto")
+    parser.add_argument("--device", type=devices.pick, default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the table, the arguments and the environment to this file")
     parser.add_argument("--patch", type=int, nargs=3, help=f"voxels a side (default: {SIZES})")
@@ -247,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(data.cli(main))
+    sys.exit(cli(main))

@@ -15,7 +15,6 @@ A training image without a label file is an unlabeled case. An all-zero label is
     python data.py check FOLDER        everything that is wrong with it, a line each
 """
 
-import argparse
 import contextlib
 import gzip
 import hashlib
@@ -25,7 +24,6 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,47 +37,8 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from tqdm import tqdm
 
-import ranks
-
-
-class BadInput(Exception):
-    """The user's mistake, told in one line: what is wrong, which file, what to do."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are BadInput, one line, too."""
-
-    def error(self, message: str):
-        raise BadInput(f"{message} (--help lists the flags)")
-
-
-def cli(main: Callable[[], int | None]) -> int:
-    """The exit status of a program; the user's mistakes are one line on stderr."""
-    try:
-        return main() or 0
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory; lower --patch, --batch-l, --batch-u or --windows", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = f"cuda:{ranks.LOCAL}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).tolist()
-    except (RuntimeError, AssertionError):
-        raise BadInput(f"--device {name}: not available here; `--device cpu` always is") from None
-    return device
+import devices
+from cli import BadInput, Parser, cli
 
 
 @dataclass
@@ -179,7 +138,7 @@ def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, s
     normalized image, clipped at two of them (0.05 in the paper's pancreas experiments).
     """
     samples = []
-    for sample in ranks.mine(range(n)):
+    for sample in devices.mine(range(n)):
         epoch, position = divmod(iteration * n + sample, len(cases))
         # numpy pads a short seed with zeros: the last entries, 0 and 1 up, keep the two generators apart
         order = np.random.default_rng([seed, stream, epoch, 0]).permutation(len(cases))

@@ -24,7 +24,8 @@ import torch
 from scipy.spatial import cKDTree
 
 import stats
-from data import BadInput, Parser, cli, read_nifti
+from cli import BadInput, Parser, cli
+from data import read_nifti
 from stats import DISTANCES, METRICS
 
 REACH = 24  # voxels around a column within which others are searched, along the finer axis

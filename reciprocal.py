@@ -15,7 +15,6 @@ the inference, the training loop, the report, the command line.
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import sys
@@ -31,20 +30,17 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import data
+import devices
 import metrics
-import ranks
 import record
 from baselines import METHODS, descend, gradients_of, named_loss, supervised_step, update
-from data import PRESETS, BadInput, Parser
+from cli import BadInput, Parser, add_flags, cli, flag
+from data import PRESETS
 
 NETWORKS = ("student", "teacher")  # those that segment
-QUIET = ranks.RANK > 0 or not sys.stderr.isatty()  # plain lines instead of progress bars where nobody watches them
+QUIET = devices.RANK > 0 or not sys.stderr.isatty()  # plain lines instead of progress bars where nobody watches them
 
 # ---- Config -------------------------------------------------------------------------------------------------------
-
-def flag(default, help: str, choices: tuple | None = None):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
 
 @dataclass(frozen=True)
 class Config:
@@ -97,6 +93,7 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     amp: str = flag("auto", "autocast; auto is bf16 on CUDA and off elsewhere", ("auto", "bf16", "off"))
     deterministic: bool = flag(False, "deterministic algorithms only")
+    compile: bool = flag(False, "torch.compile of the networks: a minute or two at first, then faster steps")
     sync_norm: bool = flag(False, "batch statistics over all GPUs of torchrun, else each its own")
     log_every: int = flag(10, "iterations between two reads of the losses from the device")
     eval_every: int = flag(500, "iterations between two points of the Dice curve")
@@ -114,9 +111,9 @@ class Config:
         if any(p % side or p < side for p in self.patch):
             raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
                            "2 ** depth; choose such sides or a smaller --depth")
-        if any(n % ranks.WORLD for n in (self.batch_l, self.batch_u)):
+        if any(n % devices.WORLD for n in (self.batch_l, self.batch_u)):
             raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: not a multiple of the "
-                           f"{ranks.WORLD} ranks")
+                           f"{devices.WORLD} ranks")
         if min(self.stride) < 1 or not 0 < self.lr < 1e38 or not self.window[0] < self.window[1]:
             raise BadInput("--stride and --lr must be positive, --window a lower and a higher value")
         return self
@@ -299,7 +296,7 @@ def predict_label(net: nn.Module, image: Tensor, cfg: Config, quick: bool = Fals
     if quick:
         patch = stride = tuple(min(-(-n // side) * side, 2 * p) for n, p in zip(image.shape[1:], patch, strict=True))
         windows = 1
-    with autocast(cfg, image.device):
+    with devices.autocast(cfg.amp, image.device), torch.compiler.set_stance("force_eager"):  # each volume has its shape
         probs = segment(net, image, patch, stride, windows)
     label = probs.argmax(0).to(image.device, torch.uint8)
     for value in range(1, len(probs)) if cfg.largest_component else ():
@@ -308,13 +305,6 @@ def predict_label(net: nn.Module, image: Tensor, cfg: Config, quick: bool = Fals
             parts = torch.from_numpy(parts).to(label.device)
             label[(parts > 0) & (parts != 1 + parts.flatten().bincount()[1:].argmax())] = 0
     return label
-
-
-def autocast(cfg: Config, device: torch.device):
-    """Autocast to bf16 where asked for; by default on CUDA, never on a CPU, where it is slower than float32."""
-    bf16 = cfg.amp == "bf16" or (cfg.amp == "auto" and device.type == "cuda")
-    # Without the cache of cast weights: within one step the exam would still see the student from before the lesson.
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -370,7 +360,7 @@ def networks(cfg: Config, dataset: data.Dataset, device: torch.device, saved: di
             record.load_weights(net, saved, name, "checkpoint.pt")
         elif source := {"student": cfg.student_from, "teacher": cfg.teacher_from}.get(name):
             record.load_weights(net, record.load_checkpoint(source), "student", source)
-        if cfg.sync_norm and ranks.WORLD > 1:
+        if cfg.sync_norm and devices.WORLD > 1:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         nets[name] = net.to(device, memory_format=torch.channels_last_3d)
     return nets
@@ -388,7 +378,7 @@ def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, it
     if n := labeled.pop("u", 0):
         batch["x_u"], _ = patches(dataset.unlabeled, n, 1, labeled=False)
     # One draw without replacement: the exam's cases are not those of the lesson while there are enough of them.
-    sizes = [n // ranks.WORLD for n in labeled.values()]
+    sizes = [n // devices.WORLD for n in labeled.values()]
     images, labels = (x.split(sizes) for x in patches(dataset.labeled, sum(labeled.values()), 0))
     for part, image, label in zip(labeled, images, labels, strict=True):
         batch |= {f"x_{part}": image, f"y_{part}": label}
@@ -428,9 +418,9 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             for net, optimizer in zip(trained, optimizers, strict=True):
                 if isinstance(net, VNet):
                     optimizer.param_groups[0]["lr"] = lr
-            reseed(cfg.seed, number, iteration + 1, ranks.RANK)  # iteration 0 stands for the weights
+            reseed(cfg.seed, number, iteration + 1, devices.RANK)  # iteration 0 stands for the weights
             batch = make_batch(cfg, dataset, number, stage, iteration, device)
-            with autocast(cfg, device):
+            with devices.autocast(cfg.amp, device):
                 scalars = stage.step(trained, optimizers, batch, cfg)
 
             done = iteration + 1
@@ -439,12 +429,12 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
                    if done % getattr(cfg, every + "_every") == 0 or done == stage.iterations]
             if not due:
                 continue
-            ranks.average_buffers(trained)
+            devices.average_buffers(trained)
             lines, pending = record.read_scalars(pending), []
             if "eval" in due:
                 dice = curve_point(cfg, dataset, {name: nets[name] for name in stage.nets if name in NETWORKS})
                 lines.append(dict(stage=stage.name, iteration=done, dice=dice))
-            if ranks.RANK:
+            if devices.RANK:
                 continue  # one rank writes
             with open(run / "log.jsonl", "a") as log:
                 log.writelines(json.dumps(line) + "\n" for line in lines)
@@ -466,10 +456,10 @@ def curve_point(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet]) -> di
     means = {}
     for name, net in nets.items() if cases else ():
         device, dice = next(net.eval().parameters()).device, []
-        for case in (case.to(device) for case in ranks.mine(cases)):
+        for case in (case.to(device) for case in devices.mine(cases)):
             label = predict_label(net, case.volume(), cfg, quick=True)
             dice.append([metrics.dice(label == value, case.label == value) for value in range(1, len(dataset.classes))])
-        means[name] = float(np.nanmean(ranks.gather(dice)))
+        means[name] = float(np.nanmean(devices.gather(dice)))
         net.train()
     return means
 
@@ -483,7 +473,7 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
     for name, cases in (("test", dataset.test), ("transductive", dataset.scored("transductive"))):
         data.make_folder(run / record.PREDICTED[name])
         scores: list[list[dict]] = []  # a list a case
-        for case in tqdm(ranks.mine(cases), f"{name} cases", disable=QUIET):
+        for case in tqdm(devices.mine(cases), f"{name} cases", disable=QUIET):
             case, spacing = case.to(device), case.spacing if cfg.spacing == "mm" else None
             scores.append([])
             for network, net in nets.items() if case.label is not None else [("student", nets["student"])]:
@@ -494,33 +484,21 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
                 if network == "student":
                     path = run / record.PREDICTED[name] / f"{case.name}.nii.gz"
                     data.write_label(path, label.cpu(), case.affine)
-        rows += itertools.chain(*ranks.gather(scores))
+        rows += itertools.chain(*devices.gather(scores))
     return rows
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------
 
 # What may change when a run goes on: its length and where it runs, not what it computes.
-RESUMABLE = ("iterations", "device", "windows", "stride", "largest_component", "spacing", "log_every", "save_every")
-
-
-def add_fields(parser: Parser, *names: str) -> None:
-    """Fields of Config as flags. One that is not given stays out of the result: the recipe may set it."""
-    for field in dataclasses.fields(Config):
-        if field.name in names:
-            kind: dict = dict(type=type(field.default), choices=field.metadata["choices"])
-            if isinstance(field.default, bool):
-                kind = dict(action=argparse.BooleanOptionalAction)
-            elif isinstance(field.default, tuple):
-                kind = dict(type=type(field.default[0]), nargs=len(field.default))
-            parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                help=f"{field.metadata['help']} (default: {field.default}, or the recipe's)", **kind)
+RESUMABLE = ("iterations", "device", "compile", "windows", "stride", "largest_component", "spacing", "log_every",
+             "save_every")
 
 
 def train_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run")
-    add_fields(parser, *(field.name for field in dataclasses.fields(Config)))
+    add_flags(parser, Config)
     return parser
 
 
@@ -552,21 +530,30 @@ def main(arguments: list[str]) -> None:
             raise BadInput(f"--iterations {cfg.iterations}: the run is at {saved['iteration']} already")
     else:
         cfg = configure(flags)
-    device = data.pick_device(cfg.device)
+    device = devices.pick(cfg.device)
     torch.use_deterministic_algorithms(cfg.deterministic)
     torch.backends.cudnn.benchmark = not cfg.deterministic
 
-    ranks.join(device)
+    if not devices.convolves(cfg.amp, device):
+        raise BadInput(f"cuDNN {torch.backends.cudnn.version()} computes wrong bf16 convolutions here: choose --amp "
+                       "off, or install 9.15 or newer")
+    devices.join(device)
     dataset = data.load(cfg.data, cfg.root, cfg.labeled, cfg.holdout, cfg.normalize, cfg.window).to(device)
     if cfg.method != "supervised" and not dataset.unlabeled:
         raise BadInput("no unlabeled case to learn from: lower --labeled, or choose --method supervised")
     nets = networks(cfg, dataset, device, saved)
+    if cfg.compile:
+        with devices.autocast(cfg.amp, device):
+            trouble = devices.compiles(nets["student"], (cfg.batch_u // devices.WORLD, dataset.channels, *cfg.patch))
+        print(f"--compile is left out, it fails here: {trouble}" if trouble else "networks compiled", flush=True)
+        for net in nets.values() if not trouble else ():
+            net.compile()
     names = [stage.name for stage in stages(cfg)]
-    run = ranks.first(lambda: record.open_run(run, asdict(cfg), dataset, device, names, saved))
+    run = devices.first(lambda: record.open_run(run, asdict(cfg), dataset, device, names, saved))
     train(cfg, dataset, nets, run, saved)
     torch.backends.cudnn.benchmark = False  # every volume has a shape of its own
     rows = test(cfg, dataset, {name: net for name, net in nets.items() if name in NETWORKS}, run)
-    if ranks.RANK == 0:
+    if devices.RANK == 0:
         record.save(run / "student.pt", asdict(cfg), dataset, {"student": nets["student"]})
         record.conclude(asdict(cfg), dataset, rows, run)
 
@@ -577,12 +564,12 @@ def predict(arguments: list[str]) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder of the predicted labels")
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run's folder, student.pt or checkpoint.pt")
     parser.add_argument("--network", default="student", choices=NETWORKS, help="default: student")
-    add_fields(parser, "device", "amp", "stride", "windows", "largest_component")
+    add_flags(parser, Config, "device", "amp", "stride", "windows", "largest_component")
     flags = vars(parser.parse_args(arguments))
     source, target, checkpoint, network = (flags.pop(n) for n in ("input", "output", "checkpoint", "network"))
     saved = record.load_checkpoint(checkpoint)
     cfg = config_of(saved["config"] | flags)
-    device = data.pick_device(cfg.device)
+    device = devices.pick(cfg.device)
     net = build(cfg, network, saved["channels"], len(saved["classes"]))
     record.load_weights(net, saved, network, checkpoint)
     net = net.to(device, memory_format=torch.channels_last_3d).eval()
@@ -606,4 +593,4 @@ def predict(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(data.cli(lambda: main(sys.argv[1:])))
+    sys.exit(cli(lambda: main(sys.argv[1:])))

@@ -16,7 +16,7 @@ import torch
 import data
 import report
 import stats
-from data import BadInput
+from cli import BadInput
 
 PREDICTED = {"test": "predictions", "transductive": "transductive"}  # the folders of the sets
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 import report
-from data import PRESETS, RECIPES, BadInput, Parser, write
+from cli import BadInput, Parser
+from data import PRESETS, RECIPES, write
 
 OVERLAPS, DISTANCES = ("dice", "jaccard"), ("asd", "assd", "hd95")
 METRICS = OVERLAPS + DISTANCES
@@ -83,7 +84,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 # ---- runs compared -----------------------------------------------------------------------------------------
 
 # Fields of Config that do not change what is computed; those that only reciprocal learning uses, or whose sum counts.
-IDLE = {"seed", "out", "root", "device", "windows", "deterministic", "log_every", "eval_every", "eval_cases",
+IDLE = {"seed", "out", "root", "device", "compile", "windows", "deterministic", "log_every", "eval_every", "eval_cases",
         "save_every"}  # fmt: skip
 UNUSED = {"preset", "loss", "lesson", "student_start", "feedback", "teacher_from", "iterations", "pretrain", "budget"}
 PAIRS = 6  # of 5 pairs the smallest two-sided p of Wilcoxon's test is 2 / 2**5, above 0.05

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import devices
 import kernels.dice
 import reciprocal
 import record
@@ -223,7 +224,7 @@ def test_exam_under_autocast_sees_the_student_after_the_lesson():
         nets, batch = networks_and_batch()
         cfg = replace(Config(), lr=1.0, amp=amp)
         optimizers = [reciprocal.make_optimizer(cfg, net) for net in nets]
-        with reciprocal.autocast(cfg, torch.device("cpu")):
+        with devices.autocast(amp, torch.device("cpu")):
             feedback.append(reciprocal_step(nets, optimizers, batch, cfg)["feedback"].item())
     assert feedback[1] == pytest.approx(feedback[0], rel=0.2)
 

@@ -1,4 +1,5 @@
-"""Two processes on one machine compute what one does: the loss, the helpers, and a whole run, killed and resumed."""
+"""One device: precision and compiler are tried before they are trusted. Two processes compute what one does: the loss,
+the helpers, and a whole run, killed and resumed."""
 
 import json
 import os
@@ -11,7 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import devices
+import kernels.dice
+import reciprocal
 import record
+from cli import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--data phantom --patch 16 16 16 --stride 32 32 32 --filters 2 --depth 1 --batch-l 2 --batch-u 2 --pretrain 2 "
@@ -30,9 +35,9 @@ def torchrun(folder, ranks: int, script: str, *arguments) -> subprocess.Complete
 
 LOSSES = """
     import torch
-    import kernels.dice, ranks
+    import devices, kernels.dice
 
-    ranks.join(torch.device("cpu"))
+    devices.join(torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     logits, label = torch.randn(4, 3, 5, 6, 7, generator=generator), torch.randint(4, (4, 5, 6, 7), generator=generator)
     label[1] = 0  # the ranks' shares of the classes, and of the voxels that count, differ
@@ -42,19 +47,19 @@ LOSSES = """
             z = logits.clone().requires_grad_()
             expected = kernels.dice.dice_ce(z, label.byte(), **weights)
             (wanted,) = torch.autograd.grad(3 * expected, z)
-            z = ranks.mine(logits).clone().requires_grad_()
-            loss = kernels.dice.dice_ce(z, ranks.mine(label).byte(), **weights, group=ranks.group())
+            z = devices.mine(logits).clone().requires_grad_()
+            loss = kernels.dice.dice_ce(z, devices.mine(label).byte(), **weights, group=devices.group())
             (gradient,) = torch.autograd.grad(3 * loss, z)
             torch.testing.assert_close(loss, expected)
-            torch.testing.assert_close(gradient / ranks.WORLD, ranks.mine(wanted))  # a part of the mean over ranks
-            (apart,) = torch.autograd.grad(3 * kernels.dice.dice_ce(z, ranks.mine(label).byte(), **weights), z)
-            assert not torch.allclose(apart / ranks.WORLD, ranks.mine(wanted), rtol=1e-3)  # so it does matter
-    gradients = [torch.full((2, 2), float(ranks.RANK)), torch.arange(3.0) + ranks.RANK]
-    one, other = ranks.average(gradients)
+            torch.testing.assert_close(gradient / devices.WORLD, devices.mine(wanted))  # a part of the mean over ranks
+            (apart,) = torch.autograd.grad(3 * kernels.dice.dice_ce(z, devices.mine(label).byte(), **weights), z)
+            assert not torch.allclose(apart / devices.WORLD, devices.mine(wanted), rtol=1e-3)  # so it does matter
+    gradients = [torch.full((2, 2), float(devices.RANK)), torch.arange(3.0) + devices.RANK]
+    one, other = devices.average(gradients)
     assert torch.equal(one, torch.full((2, 2), 0.5)) and torch.equal(other, torch.arange(3.0) + 0.5)
     items = list("abcde")
-    assert ranks.gather(ranks.mine(items)) == items and ranks.gather([]) == []
-    print("rank", ranks.RANK, "agrees")
+    assert devices.gather(devices.mine(items)) == items and devices.gather([]) == []
+    print("rank", devices.RANK, "agrees")
 """
 
 
@@ -68,7 +73,7 @@ RUN = """
     import os, signal, sys
     import torch
     from torch.distributed.nn.functional import all_reduce
-    import data, kernels.dice, ranks, reciprocal
+    import data, devices, kernels.dice, reciprocal
 
     kernels.dice.INTERPRETED = False
 
@@ -78,9 +83,9 @@ RUN = """
             if not self.training:
                 return super().forward(x)
             mean, square = (y.mean((0, 2, 3, 4)) for y in (x, x * x))
-            if ranks.WORLD > 1:
-                mean, square = all_reduce(mean) / ranks.WORLD, all_reduce(square) / ranks.WORLD
-            var, n = square - mean**2, x.numel() // x.shape[1] * ranks.WORLD
+            if devices.WORLD > 1:
+                mean, square = all_reduce(mean) / devices.WORLD, all_reduce(square) / devices.WORLD
+            var, n = square - mean**2, x.numel() // x.shape[1] * devices.WORLD
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var * n / (n - 1), self.momentum)
@@ -92,7 +97,7 @@ RUN = """
         sys.argv.remove("--die")
         step = reciprocal.reciprocal_step
         def last_step(*arguments):
-            if arguments[2]["iteration"] == 3 and ranks.RANK == 1:
+            if arguments[2]["iteration"] == 3 and devices.RANK == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(*arguments)
         reciprocal.reciprocal_step = last_step
@@ -129,3 +134,34 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     done = torchrun(tmp_path, 2, RUN, *TINY.split(), "--batch-l", 3, "--out", tmp_path / "run")
     assert done.returncode and "--batch-l 3, --batch-u 2: not a multiple of the 2 ranks" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_bf16_convolutions_are_checked(monkeypatch):
+    cpu = torch.device("cpu")
+    assert devices.convolves("off", cpu) and devices.convolves("bf16", cpu)
+    right = torch.nn.functional.conv3d
+    monkeypatch.setattr(torch.nn.functional, "conv3d", lambda x, w, padding: right(x, w, padding=padding) * (
+        1.1 if torch.is_autocast_enabled("cpu") else 1))
+    assert devices.convolves("off", cpu) and not devices.convolves("bf16", cpu)
+
+
+def test_a_compiler_that_fails_is_left_out_before_the_first_step(monkeypatch, tmp_path, capsys):
+    def missing(*_, **__):
+        raise RuntimeError("no compiler here\nand a long story")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: setattr(net, "forward", missing))
+    run = tmp_path / "run"
+    arguments = [*TINY.split(), "--iterations", "1", "--out", str(run), "--compile"]
+    assert cli(lambda: reciprocal.main(arguments)) == 0
+    assert "--compile is left out, it fails here: RuntimeError: no compiler here\n" in capsys.readouterr().out
+    assert (run / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels.dice, "INTERPRETED", False)
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        arguments = [*TINY.split(), "--iterations", "3", "--out", str(tmp_path / name), *more]
+        assert cli(lambda arguments=arguments: reciprocal.main(arguments)) == 0
+    plain, compiled = (record.load_checkpoint(tmp_path / name)["nets"] for name in ("plain", "compiled"))
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5)

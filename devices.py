@@ -1,0 +1,120 @@
+"""Where a run computes: its device, precision and compiler, and the ranks of torchrun on several GPUs.
+
+    torchrun --nproc-per-node 2 reciprocal.py --data la --labeled 0.2
+"""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cli import BadInput
+
+RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in
+                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+# ---- one device -----------------------------------------------------------------------------------------------------
+
+def pick(name: str) -> torch.device:
+    """The device of the flag --device; BadInput where it is not available."""
+    if name == "auto":
+        name = f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).tolist()
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"--device {name}: not available here; `--device cpu` always is") from None
+    return device
+
+
+def autocast(amp: str, device: torch.device):
+    """Autocast to bf16 where asked for; "auto" is on CUDA, never on a CPU, where it is slower than float32."""
+    bf16 = amp == "bf16" or (amp == "auto" and device.type == "cuda")
+    # Without the cache of cast weights: within one step the exam would still see the student from before the lesson.
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+def convolves(amp: str, device: torch.device) -> bool:
+    """Whether a convolution under this autocast is the one of float32, but for rounding: some versions of cuDNN (9.8 to
+    9.10) get it wrong in bf16 without a word."""
+    x, weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
+        device, memory_format=torch.channels_last_3d) for shape in ((2, 16, 24, 24, 16), (16, 16, 3, 3, 3)))
+    expected = nn.functional.conv3d(x, weight, padding=1)
+    with autocast(amp, device):
+        found = nn.functional.conv3d(x, weight, padding=1).float()
+    return bool((found - expected).norm() < 0.02 * expected.norm())  # 8 bits: 0.003
+
+
+def compiles(net: nn.Module, shape: tuple[int, ...]) -> str:
+    """Why torch.compile cannot train this network on patches (B, C, D, H, W) here, or nothing: a copy tries it, forward
+    and back."""
+    trial, device = copy.deepcopy(net).train(), next(net.parameters()).device
+    trial.compile()
+    try:
+        patches = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last_3d)
+        trial(patches).float().sum().backward()
+    except Exception as error:  # whatever it is, an uncompiled network trains
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return ""
+
+
+# ---- the ranks of torchrun ------------------------------------------------------------------------------------------
+#
+# In a single process every function is the identity. A rank trains on its share of each batch; gradients are averaged
+# over the ranks before anything is made of them, and the Dice loss adds up the ranks' sums, so that any number of ranks
+# computes what one would. Random numbers belong to a sample and not to a rank, so a run may go on with another number
+# of ranks. (DistributedDataParallel averages in hooks of `backward`, which `torch.autograd.grad`, and so the feedback,
+# never calls: here the same all-reduce is explicit.)
+
+def join(device: torch.device) -> None:
+    """Meet the other ranks. One that is gone is noticed within the timeout."""
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=100))
+
+
+def group():
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def first(make: Callable):
+    """What the first rank makes, on all of them."""
+    made = [make() if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
+
+
+def mine(items: Sequence) -> Sequence:
+    """This rank's share: every WORLD-th, from its own number on."""
+    return items[RANK::WORLD]
+
+
+def gather(items: list) -> list:
+    """The shares of all ranks in the order that `mine` took them from."""
+    if WORLD == 1:
+        return items
+    shares: list = [None] * WORLD
+    dist.all_gather_object(shares, items)
+    return [shares[i % WORLD][i // WORLD] for i in range(sum(map(len, shares)))]
+
+
+def average(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The mean over the ranks, all tensors in one message: 4 bytes a weight."""
+    if WORLD == 1:
+        return gradients
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    parts = (flat / WORLD).split([gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
+
+def average_buffers(nets: Sequence[nn.Module]) -> None:
+    """Batch norm's running statistics, which each rank has of its own patches, become those of all."""
+    buffers = [buffer for net in nets for buffer in net.buffers() if buffer.is_floating_point()]
+    for buffer, mean in zip(buffers, average(buffers), strict=True):
+        buffer.copy_(mean)
