@@ -102,6 +102,7 @@ def paired(methods: dict[str, tuple[np.ndarray, dict]], reference: str, title: s
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(max(6, 1.5 + 1.7 * len(methods)), 5), constrained_layout=True)
+    axis.set_yscale("symlog", linthresh=5, linscale=1.5)  # one method far off must not flatten all others
     axis.axhline(0, color="0.4", lw=1)
     for x, (values, interval) in enumerate(methods.values()):
         jitter = np.arange(len(values)) * 0.618034 % 1 - 0.5  # the golden ratio keeps neighbors in rank apart
@@ -113,10 +114,14 @@ def paired(methods: dict[str, tuple[np.ndarray, dict]], reference: str, title: s
     names = ["\n".join(textwrap.fill(part, 22) for part in name.split(", ")) for name in methods]
     axis.set_xticks(range(len(methods)), names, fontsize=9)
     axis.set(xlim=(-0.5, len(methods) - 0.3), ylabel=f"Dice minus that of\n{reference}, points")
+    bottom, top = axis.get_ylim()
+    ticks = [tick for tick in (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50) if bottom <= tick <= top]
+    axis.set_yticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+    axis.minorticks_off()
     axis.grid(axis="y", color="0.92")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(f"{title}\na dot is a case; diamonds: mean and its 95% interval", fontsize=10)
+    axis.set_title(f"{title}\na dot is a case; diamonds: mean and 95% interval; logarithmic beyond 5 points", fontsize=10)
     return png(figure)
 
 
