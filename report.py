@@ -121,7 +121,8 @@ def paired(methods: dict[str, tuple[np.ndarray, dict]], reference: str, title: s
     axis.grid(axis="y", color="0.92")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(f"{title}\na dot is a case; diamonds: mean and 95% interval; logarithmic beyond 5 points", fontsize=10)
+    legend = "a dot is a case; diamonds: mean and 95% interval; logarithmic beyond 5 points"
+    axis.set_title(f"{title}\n{legend}", fontsize=10)
     return png(figure)
 
 
