@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import zlib
 from collections.abc import Callable
@@ -52,32 +53,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def cli(main: Callable[[], int | None]) -> int:
-    """The exit status of a program; the user's mistakes are one line on stderr."""
+    """The exit status of a program; the user's mistakes, Ctrl-C and SIGTERM are one line on stderr."""
+    signals = [signal.SIGINT]
+
+    def terminate(number, _):  # as Ctrl-C ends a program: no file is left half written
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         return main() or 0
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory; lower --patch, --batch-l, --batch-u or --windows", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).tolist()
-    except (RuntimeError, AssertionError):
-        raise BadInput(f"--device {name}: not available here; `--device cpu` always is") from None
-    return device
+        line, status = "error: out of GPU memory; lower --patch, --batch-l, --batch-u or --windows", 2
+    except (BadInput, OSError) as error:
+        line, status = f"error: {error}", 2
+    except KeyboardInterrupt as stop:
+        line, status = "; ".join(["stopped", *stop.args]), 128 + signals[-1]
+    print(*line.splitlines(), file=sys.stderr)  # a file's name may hold a line break
+    return status
 
 
 @dataclass
@@ -120,8 +113,7 @@ class Dataset:
         return replace(self, labeled=there[: len(self.labeled)], unlabeled=there[len(self.labeled) :])
 
     def scored(self, name: str) -> list[Case]:
-        """The cases of a set that have a label to be compared with: "test", or "transductive" ones, which a run trains
-        on as images alone."""
+        """Those with a label to compare with: of "test", or "transductive" ones, trained on as images alone."""
         return [case for case in (self.test if name == "test" else self.unlabeled) if case.label is not None]
 
     def __str__(self) -> str:
@@ -176,14 +168,19 @@ def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, s
     normalized image, clipped at two of them (0.05 in the paper's pancreas experiments).
     """
     samples = []
-    for sample in range(n):
-        epoch, position = divmod(iteration * n + sample, len(cases))
-        # numpy pads a short seed with zeros: the last entries, 0 and 1 up, keep the two generators apart
-        order = np.random.default_rng([seed, stream, epoch, 0]).permutation(len(cases))
-        rng = np.random.default_rng([seed, stream, iteration, sample + 1])
-        samples.append(_patch(cases[order[position]], patch, rng, augment, noise, labeled, device))
+    for sample, case in enumerate(chosen(cases, n, seed=seed, stream=stream, iteration=iteration), start=1):
+        rng = np.random.default_rng([seed, stream, iteration, sample])
+        samples.append(_patch(case, patch, rng, augment, noise, labeled, device))
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.stack(labels) if labeled else None
+
+
+def chosen(cases: list[Case], n: int, *, seed: int, stream: int, iteration: int) -> list[Case]:
+    """The case of each patch that `draw` draws."""
+    places = [divmod(iteration * n + sample, len(cases)) for sample in range(n)]
+    # numpy pads a short seed with zeros: the last entry, 0 here and 1 up in `draw`, keeps the generators apart
+    return [cases[np.random.default_rng([seed, stream, epoch, 0]).permutation(len(cases))[position]]
+            for epoch, position in places]
 
 
 def _patch(case, patch, rng, augment, noise, labeled, device) -> tuple[Tensor, Tensor | None]:
@@ -336,26 +333,28 @@ def write_label(path: str | Path, label, affine: np.ndarray) -> None:
     write(Path(path), gzip.compress(content, 6, mtime=0) if str(path).endswith(".gz") else content)
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror}); make room or choose another folder") from None
+
+
 def write(path: Path, content: bytes | str) -> None:
     """Under another name until it is whole and on the disk: `path` never holds half a file."""
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be made ({error.strerror})") from None
+    with writing(path):
+        try:
+            partial.unlink(missing_ok=True)  # what a killed process left; a link there would lead elsewhere
+            with open(partial, "xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
 
 # ---- a folder of cases -------------------------------------------------------------------------------------
@@ -495,10 +494,9 @@ def check(folder: str | Path) -> tuple[list[str], str]:
     except BadInput as error:
         return [str(error)], ""
     cases = found.labeled + found.unlabeled + found.test
-    counts = f"labeled {len(found.labeled)}, unlabeled {len(found.unlabeled)}, test {len(found.test)}"
     shapes, spacings = sorted(tuple(c.image.shape) for c in cases), sorted(c.spacing for c in cases)
     spans = " to ".join(map(str, shapes[:1] + shapes[-1:])), " to ".join(map(str, spacings[:1] + spacings[-1:]))
-    return faults + notes, f"{counts}; classes {', '.join(found.classes)}; shapes {spans[0]}; spacings {spans[1]} mm"
+    return faults + notes, f"{found}; classes {', '.join(found.classes)}; shapes {spans[0]}; spacings {spans[1]} mm"
 
 
 # ---- the embedded data set ---------------------------------------------------------------------------------

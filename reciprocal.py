@@ -17,9 +17,8 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -366,11 +365,13 @@ def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, it
     """The patches of one step; they depend on the seed, the stage and the iteration alone."""
 
     def patches(cases: list[data.Case], n: int, role: int, labeled: bool = True):
-        image, label = data.draw(cases, n, cfg.patch, seed=cfg.seed, stream=2 * number + role, iteration=iteration,
-                                 augment=cfg.augment, noise=cfg.noise, labeled=labeled, device=device)
+        counters = dict(seed=cfg.seed, stream=2 * number + role, iteration=iteration)
+        batch["cases"] += [case.name for case in data.chosen(cases, n, **counters)]
+        image, label = data.draw(cases, n, cfg.patch, **counters, augment=cfg.augment, noise=cfg.noise,
+                                 labeled=labeled, device=device)
         return image.contiguous(memory_format=torch.channels_last_3d), label
 
-    batch, labeled = dict(iteration=iteration, iterations=stage.iterations), stage.patches.copy()
+    batch, labeled = dict(iteration=iteration, iterations=stage.iterations, cases=[]), stage.patches.copy()
     if n := labeled.pop("u", 0):
         batch["x_u"], _ = patches(dataset.unlabeled, n, 1, labeled=False)
     # One draw without replacement: the exam's cases are not those of the lesson while there are enough of them.
@@ -394,8 +395,9 @@ def make_optimizer(cfg: Config, net: nn.Module) -> Optimizer:
     return torch.optim.SGD(net.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=1e-4)
 
 
-def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: Path, saved: dict | None) -> None:
-    """All stages, from the checkpoint `saved` on; log.jsonl and checkpoint.pt grow in `run`."""
+def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: Path, saved: dict | None,
+          stopped: Sequence = ()) -> None:
+    """All stages from the checkpoint `saved` on, until `stopped` holds something; log.jsonl and checkpoint.pt grow."""
     device = next(nets["student"].parameters()).device
     for number, stage in enumerate(stages(cfg)):
         start, trained = 0, [nets[name].train() for name in stage.nets]
@@ -419,17 +421,17 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
                 scalars = stage.step(trained, optimizers, batch, cfg)
 
             done = iteration + 1
-            pending.append(dict(stage=stage.name, iteration=done, lr=lr) | scalars)
+            pending.append(dict(stage=stage.name, iteration=done, lr=lr, cases=batch["cases"]) | scalars)
             due = [every for every in ("log", "eval", "save")
                    if done % getattr(cfg, every + "_every") == 0 or done == stage.iterations]
+            due += ["save"] if stopped else []
             if not due:
                 continue
             lines, pending = record.read_scalars(pending), []
             if "eval" in due:
                 dice = curve_point(cfg, dataset, {name: nets[name] for name in stage.nets if name in NETWORKS})
                 lines.append(dict(stage=stage.name, iteration=done, dice=dice))
-            with open(run / "log.jsonl", "a") as log:
-                log.writelines(json.dumps(line) + "\n" for line in lines)
+            record.append_log(run / "log.jsonl", lines)
             text = record.progress(lines)
             bar.set_postfix_str(text)
             if QUIET and ("eval" in due or done % (cfg.log_every * 20) == 0):
@@ -437,6 +439,8 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             if "save" in due:
                 record.save(run / "checkpoint.pt", asdict(cfg), dataset, nets, stage=number, iteration=done,
                             optimizers=[optimizer.state_dict() for optimizer in optimizers])
+                if stopped:
+                    return
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------
@@ -451,8 +455,9 @@ def curve_point(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet]) -> di
         for case in (case.to(device) for case in cases):
             label = predict_label(net, case.volume(), cfg, quick=True)
             dice += [metrics.dice(label == value, case.label == value) for value in range(1, len(dataset.classes))]
-        means[name] = float(np.nanmean(dice))
         net.train()
+        if known := [value for value in dice if value == value]:  # NaN: a class that is neither here nor there
+            means[name] = float(np.mean(known))
     return means
 
 
@@ -476,7 +481,7 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
                     rows += [dict(set=name, network=network, case=case.name) | row for row in scores]
                 if network == "student":
                     data.write_label(run / folder / f"{case.name}.nii.gz", label.cpu(), case.affine)
-                    dice = float(np.nanmean([row["dice"] for row in scores])) if scores else np.nan
+                    dice = float(np.mean([row["dice"] for row in scores if row["dice"] == row["dice"]] or np.nan))
                     panels.append((name, dice, case.to("cpu"), label.cpu()))
     return rows, panels
 
@@ -526,32 +531,32 @@ def main(arguments: list[str]) -> None:
         return predict(arguments[1:])
     flags = vars(train_parser().parse_args(arguments))
     run, saved = flags.pop("resume"), None
-    if run:
-        if fixed := [name for name in flags if name not in RESUMABLE]:
-            raise BadInput(f"--{fixed[0].replace('_', '-')} cannot change in a resumed run; start a new one")
-        cfg = config_of(record.read_config(run) | flags)
-        saved = record.load_checkpoint(run / "checkpoint.pt") if (run / "checkpoint.pt").exists() else None
-        if saved and saved["iteration"] > stages(cfg)[saved["stage"]].iterations:
-            raise BadInput(f"--iterations {cfg.iterations}: the run is at {saved['iteration']} already")
-    else:
-        cfg = configure(flags)
-    device = data.pick_device(cfg.device)
-    torch.use_deterministic_algorithms(cfg.deterministic)
-    torch.backends.cudnn.benchmark = not cfg.deterministic
+    with contextlib.ExitStack() as folder:
+        cfg = config_of(record.read_config(run) | flags) if run else configure(flags)
+        if run:
+            if fixed := [name for name in flags if name not in RESUMABLE]:
+                raise BadInput(f"--{fixed[0].replace('_', '-')} cannot change in a resumed run; start a new one")
+            folder.enter_context(record.occupied(run))
+            saved = record.load_progress(run, asdict(cfg), RESUMABLE)
+            if saved and saved["iteration"] > stages(cfg)[saved["stage"]].iterations:
+                raise BadInput(f"--iterations {cfg.iterations}: the run is at {saved['iteration']} already")
+        device = record.pick_device(cfg.device)
+        record.settle(cfg.deterministic)
 
-    dataset = data.load(cfg.data, cfg.root, cfg.labeled, cfg.holdout, cfg.normalize, cfg.window).to(device)
-    print(dataset, flush=True)
-    if cfg.method != "supervised" and not dataset.unlabeled:
-        raise BadInput("no unlabeled case to learn from: lower --labeled, or choose --method supervised")
-    nets = networks(cfg, dataset, device, saved)
-    run = run or record.new_run(asdict(cfg))
-    record.describe(run, asdict(cfg), dataset, device)
-    record.rewind_log(run / "log.jsonl", [stage.name for stage in stages(cfg)], saved)
-    train(cfg, dataset, nets, run, saved)
-    record.save(run / "student.pt", asdict(cfg), dataset, {"student": nets["student"]})
-    torch.backends.cudnn.benchmark = False  # every volume has a shape of its own
-    nets = {name: net for name, net in nets.items() if name in NETWORKS}
-    record.conclude(asdict(cfg), str(dataset), *test(cfg, dataset, nets, run), run)
+        dataset = data.load(cfg.data, cfg.root, cfg.labeled, cfg.holdout, cfg.normalize, cfg.window).to(device)
+        print(dataset, flush=True)
+        if cfg.method != "supervised" and not dataset.unlabeled:
+            raise BadInput("no unlabeled case to learn from: lower --labeled, or choose --method supervised")
+        nets = networks(cfg, dataset, device, saved)
+        run = run or folder.enter_context(record.occupied(record.new_run(asdict(cfg))))
+        record.describe(run, asdict(cfg), dataset, device)
+        record.rewind_log(run / "log.jsonl", [stage.name for stage in stages(cfg)], saved)
+        with record.patience() as stopped:
+            train(cfg, dataset, nets, run, saved, stopped)
+        record.save(run / "student.pt", asdict(cfg), dataset, {"student": nets["student"]})
+        torch.backends.cudnn.benchmark = False  # every volume has a shape of its own
+        nets = {name: net for name, net in nets.items() if name in NETWORKS}
+        record.conclude(asdict(cfg), str(dataset), *test(cfg, dataset, nets, run), run)
 
 
 def predict(arguments: list[str]) -> None:
@@ -565,14 +570,14 @@ def predict(arguments: list[str]) -> None:
     source, target, checkpoint, network = (flags.pop(n) for n in ("input", "output", "checkpoint", "network"))
     saved = record.load_checkpoint(checkpoint)
     cfg = config_of(saved["config"] | flags)
-    device = data.pick_device(cfg.device)
+    device = record.pick_device(cfg.device)
     net = build(cfg, network, saved["channels"], len(saved["classes"]))
     record.load_weights(net, saved, network, checkpoint)
     net = net.to(device, memory_format=torch.channels_last_3d).eval()
     images = data.find_images(source)
     if any((target / f"{name}.nii.gz").resolve() == path.resolve() for name, paths in images.items() for path in paths):
         raise BadInput(f"-o {target}: predictions would overwrite the images there; choose another folder")
-    data.make_folder(target)
+    record.make_folder(target)
     failed = []
     for name, paths in tqdm(images.items(), "predicting", disable=QUIET):
         try:
