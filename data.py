@@ -221,7 +221,7 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float]
     try:
         with open(path, "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if packed else open)(path, "rb") as stream:
+        with (gzip.open if packed else open)(path, "rb") as stream, np.errstate(all="ignore"):  # judged below
             block = stream.read(540)
             kinds = [k for k in (nib.Nifti1Header, nib.Nifti2Header) if k.may_contain_header(block)]
             if not kinds:
@@ -253,7 +253,7 @@ def read_h5(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         with h5py.File(path) as file:
             image, label = file["image"][()], file["label"][()] if "label" in file else None
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: no readable h5 file with an 'image' ({error}); copy it again") from None
     if image.dtype.kind not in "iuf" or not image.size:
         raise BadInput(f"{path}: its image is empty or not of numbers; copy it again")
@@ -405,7 +405,7 @@ def scan_nifti(folder: Path) -> tuple[list, list, list[str], int, list[str], lis
         channels = len(spec.get("channel_names") or spec["modality"])
         classes = {value if isinstance(value, int) else int(name): name if isinstance(value, int) else value
                    for name, value in spec["labels"].items()}  # nnU-Net has name: integer, MSD integer: name
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path}: invalid, or lacks channel_names (modality) or labels: {error!r}") from None
     if sorted(classes) != list(range(len(classes))) or "ignore" in classes.values() or not 2 <= len(classes) <= 256:
         raise BadInput(f"{path}: labels must be 0 (background), 1, 2, ... without a gap, and none 'ignore'")

@@ -109,9 +109,10 @@ class Config:
         side = 2**self.depth
         if low:
             raise BadInput(f"--{low[0].replace('_', '-')} {getattr(self, low[0])}: too low")
-        if any(p % side or p < side for p in self.patch):
+        least = max(side, 16 * (self.method == "sassnet"))  # its discriminator halves the patch four times
+        if any(p % side or p < least for p in self.patch):
             raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
-                           "2 ** depth; choose such sides or a smaller --depth")
+                           f"2 ** depth, and at least {least}; choose such sides or a smaller --depth")
         if min(self.stride) < 1 or not 0 < self.lr < 1e38 or not self.window[0] < self.window[1]:
             raise BadInput("--stride and --lr must be positive, --window a lower and a higher value")
         return self
