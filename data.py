@@ -266,6 +266,8 @@ def read_case(name: str, image_paths: list[Path], label_path: Path | None, class
               window: tuple[float, float]) -> Case:
     """One case from one file or a file a channel, checked and normalized. An h5 file is not normalized: that was
     done on the whole scan before the crop around the label, and a second time would measure the crop."""
+    if not name.isprintable():
+        raise BadInput(f"{str(image_paths[0])!a}: a name with characters that cannot be shown; rename it")
     if image_paths[0].suffix == ".h5":
         normalize, spacing, affine = "none", (1.0, 1.0, 1.0), np.eye(4)
         image, label = read_h5(image_paths[0])
@@ -353,8 +355,7 @@ def write(path: Path, content: bytes | str) -> None:
                 os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+            partial.unlink(missing_ok=True)
 
 
 # ---- a folder of cases -------------------------------------------------------------------------------------
@@ -372,8 +373,7 @@ def group(folder: Path, numbered: bool) -> dict[str, list[Path]]:
 
 
 def find_images(path: str | Path) -> dict[str, list[Path]]:
-    """The case of a file, or all cases of a folder: {name: [a file a channel]}. nnU-Net's naming where the folder
-    holds a CASE_0000."""
+    """The case of a file, or all of a folder: {name: [a file a channel]}; nnU-Net's naming where there is a _0000."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     cases = group(folder, numbered=any(name.endswith("_0000") for name in group(folder, numbered=False)))
@@ -407,8 +407,10 @@ def scan_nifti(folder: Path) -> tuple[list, list, list[str], int, list[str], lis
                    for name, value in spec["labels"].items()}  # nnU-Net has name: integer, MSD integer: name
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path}: invalid, or lacks channel_names (modality) or labels: {error!r}") from None
-    if sorted(classes) != list(range(len(classes))) or "ignore" in classes.values() or not 2 <= len(classes) <= 256:
-        raise BadInput(f"{path}: labels must be 0 (background), 1, 2, ... without a gap, and none 'ignore'")
+    names = [str(classes[i]) for i in sorted(classes)]
+    usable = 2 <= len(names) <= 256 and "ignore" not in names and "".join(names).isprintable()
+    if sorted(classes) != list(range(len(names))) or not usable:
+        raise BadInput(f"{path}: labels must be 0 (background), 1, 2, ... without a gap, printable, and none 'ignore'")
     for part in ("Tr", "Ts"):
         images = group(folder / f"images{part}", numbered="channel_names" in spec)
         labels = group(folder / f"labels{part}", numbered=False)
@@ -420,8 +422,8 @@ def scan_nifti(folder: Path) -> tuple[list, list, list[str], int, list[str], lis
     counts = len(train), sum(label is not None for _, _, label in train)
     declared, notes = spec.get("numTraining", counts[0]), []
     if declared not in counts:
-        notes.append(f"{path}: numTraining is {declared}, not {counts[1]}, the number of labels; correct it")
-    return train, test, [str(classes[i]) for i in sorted(classes)], channels, faults, notes
+        notes.append(f"{path}: numTraining is {declared!a}, not {counts[1]}, the number of labels; correct it")
+    return train, test, names, channels, faults, notes
 
 
 def gather(folder: Path, normalize: str, window: tuple[float, float]) -> tuple[Dataset, list[str], list[str]]:

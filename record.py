@@ -159,7 +159,7 @@ def load_checkpoint(path: str | Path) -> dict:
     except OSError as error:
         raise BadInput(f"{path}: no checkpoint to read there ({error.strerror})") from None
     archive, digest = content[:-66] + b"\0\0", content[-64:]
-    if content[-66:-64] != b"\x40\0" or hashlib.sha256(archive).hexdigest().encode() != digest:
+    if content[:2] + content[-66:-64] != b"PK\x40\0" or hashlib.sha256(archive).hexdigest().encode() != digest:
         raise BadInput(f"{path}: damaged, or not a checkpoint of this program; take another one")
     try:
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

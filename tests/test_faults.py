@@ -618,12 +618,16 @@ def test_links_do_not_lead_out_of_the_output_folder(folder, straight, tmp_path):
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["b.nii.gz"]
 
 
-def test_name_with_a_line_break_is_told_in_one_line(folder, straight, tmp_path, capsys):
+def test_name_that_cannot_be_shown_is_refused_in_one_line(folder, straight, tmp_path, capsys):
     run = straight()
     capsys.readouterr()
-    (tmp_path / "a\nb.nii.gz").write_bytes(b"<html>")
-    assert cli("predict", "-i", tmp_path, "-o", tmp_path / "masks", "--checkpoint", run) == 2
-    assert "not a NIfTI file" in one_line(capsys)
+    for name in ("a\nb", "a\x1b[2J", "a\udcff"):  # a line break, an escape sequence, bytes that are no UTF-8
+        path = save(tmp_path / "scans" / f"{name}.nii.gz", scan(0))
+        assert cli("predict", "-i", path, "-o", tmp_path / "masks", "--checkpoint", run) == 2
+        assert "rename it" in (told := one_line(capsys)) and told[:-1].isprintable()
+    assert not list((tmp_path / "masks").iterdir())
+    assert cli("--resume", tmp_path / "no\nrun") == 2
+    one_line(capsys)
 
 
 def calls_of(source: str) -> list[ast.Call]:
@@ -736,7 +740,7 @@ def json_mutant(spec: dict, rng) -> bytes:
         if rng.random() < 0.4 and isinstance(spec.get("labels"), dict):
             place = spec["labels"]
         keys = [*place, "modality", "channel_names", "labels", "numTraining", "0", "organ"]
-        place[keys[rng.integers(len(keys))]] = JUNK[rng.integers(len(JUNK))]
+        place[keys[rng.integers(len(keys))]] = copy.deepcopy(JUNK[rng.integers(len(JUNK))])
     text = json.dumps(JUNK[rng.integers(len(JUNK))] if rng.random() < 0.1 else spec).encode()
     if rng.random() < 0.2:
         at = int(rng.integers(len(text)))
@@ -752,7 +756,8 @@ def test_no_dataset_json_raises_anything_but_bad_input(trials, tmp_path):
     mutants += [b"[" * 10**5, b'{"labels":' * 10**5, b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"", b"1" * 10**5]
     for mutant in mutants:
         (tmp_path / "dataset.json").write_bytes(mutant)
-        faults, _ = data.check(tmp_path)
+        faults, summary = data.check(tmp_path)
+        assert all(line.isprintable() for line in [*faults, summary])
         try:
             data.load(str(tmp_path), "", 1.0, 0.0, "zscore", (0, 1))
             good += 1
