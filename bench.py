@@ -223,7 +223,7 @@ SIZES = {"train": (64, 64, 48), "dice": (112, 112, 80), "surface": (190, 140, 88
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=BENCHES)
-    parser.add_argument("--device", type=devices.pick, default="auto")
+    parser.add_argument("--device", type=devices.settle, default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the table, the arguments and the environment to this file")
     parser.add_argument("--patch", type=int, nargs=3, help=f"voxels a side (default: {SIZES})")

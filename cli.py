@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable
 
@@ -20,21 +21,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def cli(main: Callable[[], int | None]) -> int:
-    """The exit status of a program; the user's mistakes are one line on stderr."""
+    """The exit status of a program; the user's mistakes, Ctrl-C and SIGTERM are one line on stderr."""
+    signals = [signal.SIGINT]
+
+    def terminate(number, _):  # as Ctrl-C ends a program: no file is left half written
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         return main() or 0
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory; lower --patch, --batch-l, --batch-u or --windows", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        line, status = "error: out of GPU memory; lower --patch, --batch-l, --batch-u or --windows", 2
+    except (BadInput, OSError) as error:
+        line, status = f"error: {error}", 2
+    except KeyboardInterrupt as stop:
+        line, status = "; ".join(["stopped", *stop.args]), 128 + signals[-1]
+    print(*line.splitlines(), file=sys.stderr)  # a file's name may hold a line break
+    return status
 
 
 def flag(default, help: str, choices: tuple | None = None):

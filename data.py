@@ -81,8 +81,7 @@ class Dataset:
         return replace(self, labeled=there[: len(self.labeled)], unlabeled=there[len(self.labeled) :])
 
     def scored(self, name: str) -> list[Case]:
-        """The cases of a set that have a label to be compared with: "test", or "transductive" ones, which a run trains
-        on as images alone."""
+        """Those with a label to compare with: of "test", or "transductive" ones, trained on as images alone."""
         return [case for case in (self.test if name == "test" else self.unlabeled) if case.label is not None]
 
     def __str__(self) -> str:
@@ -138,14 +137,20 @@ def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, s
     normalized image, clipped at two of them (0.05 in the paper's pancreas experiments).
     """
     samples = []
-    for sample in devices.mine(range(n)):
-        epoch, position = divmod(iteration * n + sample, len(cases))
-        # numpy pads a short seed with zeros: the last entries, 0 and 1 up, keep the two generators apart
-        order = np.random.default_rng([seed, stream, epoch, 0]).permutation(len(cases))
-        rng = np.random.default_rng([seed, stream, iteration, sample + 1])
-        samples.append(_patch(cases[order[position]], patch, rng, augment, noise, labeled, device))
+    drawn = enumerate(chosen(cases, n, seed=seed, stream=stream, iteration=iteration), start=1)
+    for sample, case in devices.mine([*drawn]):
+        rng = np.random.default_rng([seed, stream, iteration, sample])
+        samples.append(_patch(case, patch, rng, augment, noise, labeled, device))
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.stack(labels) if labeled else None
+
+
+def chosen(cases: list[Case], n: int, *, seed: int, stream: int, iteration: int) -> list[Case]:
+    """The case of each patch that `draw` draws."""
+    places = [divmod(iteration * n + sample, len(cases)) for sample in range(n)]
+    # numpy pads a short seed with zeros: the last entry, 0 here and 1 up in `draw`, keeps the generators apart
+    return [cases[np.random.default_rng([seed, stream, epoch, 0]).permutation(len(cases))[position]]
+            for epoch, position in places]
 
 
 def _patch(case, patch, rng, augment, noise, labeled, device) -> tuple[Tensor, Tensor | None]:
@@ -186,7 +191,7 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float]
     try:
         with open(path, "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if packed else open)(path, "rb") as stream:
+        with (gzip.open if packed else open)(path, "rb") as stream, np.errstate(all="ignore"):  # judged below
             block = stream.read(540)
             kinds = [k for k in (nib.Nifti1Header, nib.Nifti2Header) if k.may_contain_header(block)]
             if not kinds:
@@ -218,7 +223,7 @@ def read_h5(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         with h5py.File(path) as file:
             image, label = file["image"][()], file["label"][()] if "label" in file else None
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: no readable h5 file with an 'image' ({error}); copy it again") from None
     if image.dtype.kind not in "iuf" or not image.size:
         raise BadInput(f"{path}: its image is empty or not of numbers; copy it again")
@@ -231,6 +236,8 @@ def read_case(name: str, image_paths: list[Path], label_path: Path | None, class
               window: tuple[float, float]) -> Case:
     """One case from one file or a file a channel, checked and normalized. An h5 file is not normalized: that was
     done on the whole scan before the crop around the label, and a second time would measure the crop."""
+    if not name.isprintable():
+        raise BadInput(f"{str(image_paths[0])!a}: a name with characters that cannot be shown; rename it")
     if image_paths[0].suffix == ".h5":
         normalize, spacing, affine = "none", (1.0, 1.0, 1.0), np.eye(4)
         image, label = read_h5(image_paths[0])
@@ -298,26 +305,27 @@ def write_label(path: str | Path, label, affine: np.ndarray) -> None:
     write(Path(path), gzip.compress(content, 6, mtime=0) if str(path).endswith(".gz") else content)
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror}); make room or choose another folder") from None
+
+
 def write(path: Path, content: bytes | str) -> None:
     """Under another name until it is whole and on the disk: `path` never holds half a file."""
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be made ({error.strerror})") from None
+    with writing(path):
+        try:
+            partial.unlink(missing_ok=True)  # what a killed process left; a link there would lead elsewhere
+            with open(partial, "xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 # ---- a folder of cases -------------------------------------------------------------------------------------
@@ -335,8 +343,7 @@ def group(folder: Path, numbered: bool) -> dict[str, list[Path]]:
 
 
 def find_images(path: str | Path) -> dict[str, list[Path]]:
-    """The case of a file, or all cases of a folder: {name: [a file a channel]}. nnU-Net's naming where the folder
-    holds a CASE_0000."""
+    """The case of a file, or all of a folder: {name: [a file a channel]}; nnU-Net's naming where there is a _0000."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     cases = group(folder, numbered=any(name.endswith("_0000") for name in group(folder, numbered=False)))
@@ -368,10 +375,12 @@ def scan_nifti(folder: Path) -> tuple[list, list, list[str], int, list[str], lis
         channels = len(spec.get("channel_names") or spec["modality"])
         classes = {value if isinstance(value, int) else int(name): name if isinstance(value, int) else value
                    for name, value in spec["labels"].items()}  # nnU-Net has name: integer, MSD integer: name
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path}: invalid, or lacks channel_names (modality) or labels: {error!r}") from None
-    if sorted(classes) != list(range(len(classes))) or "ignore" in classes.values() or not 2 <= len(classes) <= 256:
-        raise BadInput(f"{path}: labels must be 0 (background), 1, 2, ... without a gap, and none 'ignore'")
+    names = [str(classes[i]) for i in sorted(classes)]
+    usable = 2 <= len(names) <= 256 and "ignore" not in names and "".join(names).isprintable()
+    if sorted(classes) != list(range(len(names))) or not usable:
+        raise BadInput(f"{path}: labels must be 0 (background), 1, 2, ... without a gap, printable, and none 'ignore'")
     for part in ("Tr", "Ts"):
         images = group(folder / f"images{part}", numbered="channel_names" in spec)
         labels = group(folder / f"labels{part}", numbered=False)
@@ -383,8 +392,8 @@ def scan_nifti(folder: Path) -> tuple[list, list, list[str], int, list[str], lis
     counts = len(train), sum(label is not None for _, _, label in train)
     declared, notes = spec.get("numTraining", counts[0]), []
     if declared not in counts:
-        notes.append(f"{path}: numTraining is {declared}, not {counts[1]}, the number of labels; correct it")
-    return train, test, [str(classes[i]) for i in sorted(classes)], channels, faults, notes
+        notes.append(f"{path}: numTraining is {declared!a}, not {counts[1]}, the number of labels; correct it")
+    return train, test, names, channels, faults, notes
 
 
 def gather(folder: Path, normalize: str, window: tuple[float, float]) -> tuple[Dataset, list[str], list[str]]:
@@ -457,10 +466,9 @@ def check(folder: str | Path) -> tuple[list[str], str]:
     except BadInput as error:
         return [str(error)], ""
     cases = found.labeled + found.unlabeled + found.test
-    counts = f"labeled {len(found.labeled)}, unlabeled {len(found.unlabeled)}, test {len(found.test)}"
     shapes, spacings = sorted(tuple(c.image.shape) for c in cases), sorted(c.spacing for c in cases)
     spans = " to ".join(map(str, shapes[:1] + shapes[-1:])), " to ".join(map(str, spacings[:1] + spacings[-1:]))
-    return faults + notes, f"{counts}; classes {', '.join(found.classes)}; shapes {spans[0]}; spacings {spans[1]} mm"
+    return faults + notes, f"{found}; classes {', '.join(found.classes)}; shapes {spans[0]}; spacings {spans[1]} mm"
 
 
 # ---- the embedded data set ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 reciprocal.py --data la --labeled 0.2
 """
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in
 
 # ---- one device -----------------------------------------------------------------------------------------------------
 
-def pick(name: str) -> torch.device:
-    """The device of the flag --device; BadInput where it is not available."""
+def settle(name: str, amp: str = "off", deterministic: bool = False) -> torch.device:
+    """The device of a flag, ready to compute; BadInput where it is not there, or convolves wrongly in bf16."""
     if name == "auto":
         name = f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu"
     try:
@@ -29,6 +30,13 @@ def pick(name: str) -> torch.device:
         torch.empty(1, device=device).tolist()
     except (RuntimeError, AssertionError):
         raise BadInput(f"--device {name}: not available here; `--device cpu` always is") from None
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic  # the fastest algorithms for shapes that do not change
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    if not convolves(amp, device):
+        raise BadInput(f"cuDNN {torch.backends.cudnn.version()} computes wrong bf16 convolutions: choose --amp off, or "
+                       "install 9.15 or newer")
     return device
 
 
@@ -50,17 +58,20 @@ def convolves(amp: str, device: torch.device) -> bool:
     return bool((found - expected).norm() < 0.02 * expected.norm())  # 8 bits: 0.003
 
 
-def compiles(net: nn.Module, shape: tuple[int, ...]) -> str:
-    """Why torch.compile cannot train this network on patches (B, C, D, H, W) here, or nothing: a copy tries it, forward
-    and back."""
-    trial, device = copy.deepcopy(net).train(), next(net.parameters()).device
+def compile_all(nets: list[nn.Module], shape: tuple[int, ...], amp: str) -> None:
+    """torch.compile of networks that are alike, for patches (B, C, D, H, W); or a line that says why not. A copy tries
+    it first, forward and back: the compiler of a machine may be missing."""
+    trial, device = copy.deepcopy(nets[0]).train(), next(nets[0].parameters()).device
     trial.compile()
     try:
-        patches = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last_3d)
-        trial(patches).float().sum().backward()
-    except Exception as error:  # whatever it is, an uncompiled network trains
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return ""
+        with autocast(amp, device):
+            patches = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last_3d)
+            trial(patches).float().sum().backward()
+    except Exception as error:  # noqa: BLE001  whatever it is, an uncompiled network trains
+        print(f"--compile is left out, it fails here: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        return
+    for net in nets:
+        net.compile()
 
 
 # ---- the ranks of torchrun ------------------------------------------------------------------------------------------
@@ -71,10 +82,20 @@ def compiles(net: nn.Module, shape: tuple[int, ...]) -> str:
 # of ranks. (DistributedDataParallel averages in hooks of `backward`, which `torch.autograd.grad`, and so the feedback,
 # never calls: here the same all-reduce is explicit.)
 
-def join(device: torch.device) -> None:
-    """Meet the other ranks. One that is gone is noticed within the timeout."""
-    if WORLD > 1 and not dist.is_initialized():
+@contextlib.contextmanager
+def company(device: torch.device):
+    """Among the other ranks. That one of them is gone shows as an error of the next call to it."""
+    if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=100))
+    try:
+        yield
+    except RuntimeError as error:
+        if WORLD == 1 or not isinstance(error, dist.DistError) and "peer" not in str(error):
+            raise
+        raise BadInput(f"rank {RANK}: another rank is gone; see what it said, and go on with --resume") from None
+    finally:
+        if WORLD > 1:
+            dist.destroy_process_group()
 
 
 def group():
@@ -87,6 +108,15 @@ def first(make: Callable):
     if WORLD > 1:
         dist.broadcast_object_list(made)
     return made[0]
+
+
+def anywhere(flag: bool, ask: bool) -> bool:
+    """Whether the flag is set on any rank, if `ask` (the answer has to be waited for); else none is taken to be."""
+    if WORLD == 1 or not ask:
+        return flag and WORLD == 1
+    asked = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(asked)
+    return bool(asked)
 
 
 def mine(items: Sequence) -> Sequence:

@@ -239,7 +239,7 @@ def _declared(folder: Path) -> dict[int, str]:
     try:
         labels = json.loads(path.read_text())["labels"].items() if path.is_file() else ()
         return dict((v, k) if isinstance(v, int) else (int(k), v) for k, v in labels)  # nnU-Net, Decathlon
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path}: invalid ({error!r}); needs labels, name and value") from None
 
 

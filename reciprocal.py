@@ -16,9 +16,8 @@ the inference, the training loop, the report, the command line.
 import argparse
 import contextlib
 import itertools
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -108,9 +107,10 @@ class Config:
         side = 2**self.depth
         if low:
             raise BadInput(f"--{low[0].replace('_', '-')} {getattr(self, low[0])}: too low")
-        if any(p % side or p < side for p in self.patch):
+        least = max(side, 16 * (self.method == "sassnet"))  # its discriminator halves the patch four times
+        if any(p % side or p < least for p in self.patch):
             raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
-                           "2 ** depth; choose such sides or a smaller --depth")
+                           f"2 ** depth, and at least {least}; choose such sides or a smaller --depth")
         if any(n % devices.WORLD for n in (self.batch_l, self.batch_u)):
             raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: not a multiple of the "
                            f"{devices.WORLD} ranks")
@@ -370,11 +370,13 @@ def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, it
     """The patches of one step; they depend on the seed, the stage and the iteration alone."""
 
     def patches(cases: list[data.Case], n: int, role: int, labeled: bool = True):
-        image, label = data.draw(cases, n, cfg.patch, seed=cfg.seed, stream=2 * number + role, iteration=iteration,
-                                 augment=cfg.augment, noise=cfg.noise, labeled=labeled, device=device)
+        counters = dict(seed=cfg.seed, stream=2 * number + role, iteration=iteration)
+        batch["cases"] += [case.name for case in data.chosen(cases, n, **counters)]
+        image, label = data.draw(cases, n, cfg.patch, **counters, augment=cfg.augment, noise=cfg.noise,
+                                 labeled=labeled, device=device)
         return image.contiguous(memory_format=torch.channels_last_3d), label
 
-    batch, labeled = dict(iteration=iteration, iterations=stage.iterations), stage.patches.copy()
+    batch, labeled = dict(iteration=iteration, iterations=stage.iterations, cases=[]), stage.patches.copy()
     if n := labeled.pop("u", 0):
         batch["x_u"], _ = patches(dataset.unlabeled, n, 1, labeled=False)
     # One draw without replacement: the exam's cases are not those of the lesson while there are enough of them.
@@ -399,8 +401,9 @@ def make_optimizer(cfg: Config, net: nn.Module) -> Optimizer:
     return torch.optim.SGD(net.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=1e-4)
 
 
-def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: Path, saved: dict | None) -> None:
-    """All stages, from the checkpoint `saved` on; log.jsonl and checkpoint.pt grow in `run`."""
+def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: Path, saved: dict | None,
+          stopped: Sequence = ()) -> None:
+    """All stages from the checkpoint `saved` on, until `stopped` holds something; log.jsonl and checkpoint.pt grow."""
     device = next(nets["student"].parameters()).device
     for number, stage in enumerate(stages(cfg)):
         start, trained = 0, [nets[name].train() for name in stage.nets]
@@ -424,9 +427,11 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
                 scalars = stage.step(trained, optimizers, batch, cfg)
 
             done = iteration + 1
-            pending.append(dict(stage=stage.name, iteration=done, lr=lr) | scalars)
+            pending.append(dict(stage=stage.name, iteration=done, lr=lr, cases=batch["cases"]) | scalars)
             due = [every for every in ("log", "eval", "save")
                    if done % getattr(cfg, every + "_every") == 0 or done == stage.iterations]
+            halt = devices.anywhere(bool(stopped), ask=done % cfg.log_every == 0)
+            due += ["save"] * halt
             if not due:
                 continue
             devices.average_buffers(trained)
@@ -434,17 +439,17 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             if "eval" in due:
                 dice = curve_point(cfg, dataset, {name: nets[name] for name in stage.nets if name in NETWORKS})
                 lines.append(dict(stage=stage.name, iteration=done, dice=dice))
-            if devices.RANK:
-                continue  # one rank writes
-            with open(run / "log.jsonl", "a") as log:
-                log.writelines(json.dumps(line) + "\n" for line in lines)
+            if devices.RANK == 0:
+                record.append_log(run / "log.jsonl", lines)
             text = record.progress(lines)
             bar.set_postfix_str(text)
             if QUIET and ("eval" in due or done % (cfg.log_every * 20) == 0):
                 print(f"{stage.name} {done}/{stage.iterations}  {text}", flush=True)
-            if "save" in due:
+            if "save" in due and devices.RANK == 0:
                 record.save(run / "checkpoint.pt", asdict(cfg), dataset, nets, stage=number, iteration=done,
                             optimizers=[optimizer.state_dict() for optimizer in optimizers])
+            if halt:
+                return
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------
@@ -459,8 +464,10 @@ def curve_point(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet]) -> di
         for case in (case.to(device) for case in devices.mine(cases)):
             label = predict_label(net, case.volume(), cfg, quick=True)
             dice.append([metrics.dice(label == value, case.label == value) for value in range(1, len(dataset.classes))])
-        means[name] = float(np.nanmean(devices.gather(dice)))
         net.train()
+        known = [value for case in devices.gather(dice) for value in case if value == value]
+        if known:  # NaN: a class that is neither here nor there
+            means[name] = float(np.mean(known))
     return means
 
 
@@ -471,7 +478,7 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
     Test cases take the patch and stride of the Config, the many transductive ones quick windows."""
     device, rows = next(nets["student"].parameters()).device, []
     for name, cases in (("test", dataset.test), ("transductive", dataset.scored("transductive"))):
-        data.make_folder(run / record.PREDICTED[name])
+        record.make_folder(run / record.PREDICTED[name])
         scores: list[list[dict]] = []  # a list a case
         for case in tqdm(devices.mine(cases), f"{name} cases", disable=QUIET):
             case, spacing = case.to(device), case.spacing if cfg.spacing == "mm" else None
@@ -521,41 +528,37 @@ def main(arguments: list[str]) -> None:
         return predict(arguments[1:])
     flags = vars(train_parser().parse_args(arguments))
     run, saved = flags.pop("resume"), None
-    if run:
-        if fixed := [name for name in flags if name not in RESUMABLE]:
-            raise BadInput(f"--{fixed[0].replace('_', '-')} cannot change in a resumed run; start a new one")
-        cfg = config_of(record.read_config(run) | flags)
-        saved = record.load_checkpoint(run / "checkpoint.pt") if (run / "checkpoint.pt").exists() else None
-        if saved and saved["iteration"] > stages(cfg)[saved["stage"]].iterations:
-            raise BadInput(f"--iterations {cfg.iterations}: the run is at {saved['iteration']} already")
-    else:
-        cfg = configure(flags)
-    device = devices.pick(cfg.device)
-    torch.use_deterministic_algorithms(cfg.deterministic)
-    torch.backends.cudnn.benchmark = not cfg.deterministic
+    with contextlib.ExitStack() as folder:
+        cfg = config_of(record.read_config(run) | flags) if run else configure(flags)
+        if run:
+            if fixed := [name for name in flags if name not in RESUMABLE]:
+                raise BadInput(f"--{fixed[0].replace('_', '-')} cannot change in a resumed run; start a new one")
+            folder.enter_context(record.occupied(run))
+            saved = record.load_progress(run, asdict(cfg), RESUMABLE)
+            if saved and saved["iteration"] > stages(cfg)[saved["stage"]].iterations:
+                raise BadInput(f"--iterations {cfg.iterations}: the run is at {saved['iteration']} already")
+        device = devices.settle(cfg.device, cfg.amp, cfg.deterministic)
+        folder.enter_context(devices.company(device))
 
-    if not devices.convolves(cfg.amp, device):
-        raise BadInput(f"cuDNN {torch.backends.cudnn.version()} computes wrong bf16 convolutions here: choose --amp "
-                       "off, or install 9.15 or newer")
-    devices.join(device)
-    dataset = data.load(cfg.data, cfg.root, cfg.labeled, cfg.holdout, cfg.normalize, cfg.window).to(device)
-    if cfg.method != "supervised" and not dataset.unlabeled:
-        raise BadInput("no unlabeled case to learn from: lower --labeled, or choose --method supervised")
-    nets = networks(cfg, dataset, device, saved)
-    if cfg.compile:
-        with devices.autocast(cfg.amp, device):
-            trouble = devices.compiles(nets["student"], (cfg.batch_u // devices.WORLD, dataset.channels, *cfg.patch))
-        print(f"--compile is left out, it fails here: {trouble}" if trouble else "networks compiled", flush=True)
-        for net in nets.values() if not trouble else ():
-            net.compile()
-    names = [stage.name for stage in stages(cfg)]
-    run = devices.first(lambda: record.open_run(run, asdict(cfg), dataset, device, names, saved))
-    train(cfg, dataset, nets, run, saved)
-    torch.backends.cudnn.benchmark = False  # every volume has a shape of its own
-    rows = test(cfg, dataset, {name: net for name, net in nets.items() if name in NETWORKS}, run)
-    if devices.RANK == 0:
-        record.save(run / "student.pt", asdict(cfg), dataset, {"student": nets["student"]})
-        record.conclude(asdict(cfg), dataset, rows, run)
+        dataset = data.load(cfg.data, cfg.root, cfg.labeled, cfg.holdout, cfg.normalize, cfg.window).to(device)
+        if cfg.method != "supervised" and not dataset.unlabeled:
+            raise BadInput("no unlabeled case to learn from: lower --labeled, or choose --method supervised")
+        nets = networks(cfg, dataset, device, saved)
+        run = run or folder.enter_context(record.occupied(devices.first(lambda: record.new_run(asdict(cfg)))))
+        if devices.RANK == 0:
+            print(dataset, flush=True)
+            record.describe(run, asdict(cfg), dataset, device)
+            record.rewind_log(run / "log.jsonl", [stage.name for stage in stages(cfg)], saved)
+        if cfg.compile:
+            shape = cfg.batch_u // devices.WORLD, dataset.channels, *cfg.patch
+            devices.compile_all([net for net in nets.values() if isinstance(net, VNet)], shape, cfg.amp)
+        with record.patience() as stopped:
+            train(cfg, dataset, nets, run, saved, stopped)
+        torch.backends.cudnn.benchmark = False  # every volume has a shape of its own
+        rows = test(cfg, dataset, {name: net for name, net in nets.items() if name in NETWORKS}, run)
+        if devices.RANK == 0:
+            record.save(run / "student.pt", asdict(cfg), dataset, {"student": nets["student"]})
+            record.conclude(asdict(cfg), dataset, rows, run)
 
 
 def predict(arguments: list[str]) -> None:
@@ -569,14 +572,14 @@ def predict(arguments: list[str]) -> None:
     source, target, checkpoint, network = (flags.pop(n) for n in ("input", "output", "checkpoint", "network"))
     saved = record.load_checkpoint(checkpoint)
     cfg = config_of(saved["config"] | flags)
-    device = devices.pick(cfg.device)
+    device = devices.settle(cfg.device, cfg.amp)
     net = build(cfg, network, saved["channels"], len(saved["classes"]))
     record.load_weights(net, saved, network, checkpoint)
     net = net.to(device, memory_format=torch.channels_last_3d).eval()
     images = data.find_images(source)
     if any((target / f"{name}.nii.gz").resolve() == path.resolve() for name, paths in images.items() for path in paths):
         raise BadInput(f"-o {target}: predictions would overwrite the images there; choose another folder")
-    data.make_folder(target)
+    record.make_folder(target)
     failed = []
     for name, paths in tqdm(images.items(), "predicting", disable=QUIET):
         try:

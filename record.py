@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,38 +16,81 @@ import numpy as np
 import torch
 
 import data
+import devices
 import report
 import stats
 from cli import BadInput
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps a second process out of a run there
+    fcntl = None
+
 PREDICTED = {"test": "predictions", "transductive": "transductive"}  # the folders of the sets
 
 
-def open_run(run: Path | None, config: dict, dataset: data.Dataset, device, stages: list[str], saved) -> Path:
-    """The folder of a run that begins, or (`run`) goes on from the checkpoint `saved`: described, its log rewound."""
-    print(dataset, flush=True)
-    run = run or new_run(config)
-    describe(run, config, dataset, device)
-    rewind_log(run / "log.jsonl", stages, saved)
-    return run
-
-
 def new_run(config: dict) -> Path:
-    """The folder of --out, which must not exist, or a new one in runs/."""
+    """The folder of --out, which must not hold anything, or a new one in runs/."""
     name = f"{Path(config['data']).resolve().name}-{config['method']}-{config['labeled']:g}-seed{config['seed']}"
     numbered = (Path("runs", name + suffix) for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
     run = Path(config["out"]) if config["out"] else next(path for path in numbered if not path.exists())
-    if run.exists():
-        raise BadInput(f"--out {run}: exists; --resume {run} goes on with it, or choose another folder")
-    data.make_folder(run)
+    if any(run.glob("[!.]*")):  # a hidden file: of a process that was killed before it wrote any other
+        raise BadInput(f"--out {run}: in use; --resume {run} goes on with it, or choose another folder")
+    make_folder(run)
     return run
+
+
+def make_folder(path: Path) -> None:
+    with data.writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def occupied(run: Path):
+    """A run's folder for this process alone: the kernel gives it back when the process ends, however it ends. Who is
+    stopped in here is told how to go on."""
+    with data.writing(run / ".lock"):
+        file = open(run / ".lock", "w")  # noqa: SIM115  closed below
+    with file:
+        try:
+            if fcntl and devices.RANK == 0:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"{run}: another process works in it; wait for its end or choose another folder") from None
+        try:
+            yield run
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"--resume {run} goes on") from None
+
+
+@contextlib.contextmanager
+def patience():
+    """Ctrl-C and SIGTERM wait in the list that this yields, so that a step is done as a whole or not at all, and take
+    effect at the end; a second one does not wait."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}  # they raise
+    waiting = []
+
+    def wait(number, _):
+        signal.signal(number, handlers[number])
+        waiting.append(number)
+
+    try:
+        for number in handlers:
+            signal.signal(number, wait)
+        yield waiting
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in waiting:
+        handlers[number](number, None)
 
 
 def describe(run: Path, config: dict, dataset: data.Dataset, device: torch.device) -> None:
     """config.json, cases.json (the split) and environment.json; BadInput if a resumed run finds another split."""
     cases = {name: [case.name for case in getattr(dataset, name)] for name in ("labeled", "unlabeled", "test")}
     before = run / "cases.json"
-    if before.exists() and json.loads(before.read_text()) != cases:
+    if before.exists() and before.read_bytes() != json.dumps(cases, indent=1).encode():
         raise BadInput(f"{before}: the data set has other cases now; bring back those of this file, or start a new run")
     for name, content in (("config", config), ("cases", cases), ("environment", environment(device))):
         data.write(run / f"{name}.json", json.dumps(content, indent=1))
@@ -64,16 +109,16 @@ def environment(device: torch.device) -> dict:
 
 def read_config(run: Path) -> dict:
     try:
-        return json.loads((run / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{run / 'config.json'}: not the config of a run ({error})") from None
+        return {} | json.loads((run / "config.json").read_text())
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{run / 'config.json'}: not the config of a run ({error}); start a new one") from None
 
 
 def save(path: Path, config: dict, dataset: data.Dataset, nets: dict[str, torch.nn.Module], **progress) -> None:
     """Weights and all that `predict` and `--resume` need to know of them; BadInput on weights that are not finite."""
     weights = {name: net.state_dict() for name, net in nets.items()}
     if not all(value.isfinite().all() for net in weights.values() for value in net.values()):
-        raise BadInput("weights are no longer finite; lower --lr (the last checkpoint is from before)")
+        raise BadInput(f"{path}: the weights are no longer finite; lower --lr (what stood there is from before)")
     about = dict(config=config, classes=dataset.classes, channels=dataset.channels)
     save_checkpoint(path, about | dict(nets=weights) | progress)
 
@@ -98,9 +143,30 @@ def load_checkpoint(path: str | Path) -> dict:
     except OSError as error:
         raise BadInput(f"{path}: no checkpoint to read there ({error.strerror})") from None
     archive, digest = content[:-66] + b"\0\0", content[-64:]
-    if content[-66:-64] != b"\x40\0" or hashlib.sha256(archive).hexdigest().encode() != digest:
+    if content[:2] + content[-66:-64] != b"PK\x40\0" or hashlib.sha256(archive).hexdigest().encode() != digest:
         raise BadInput(f"{path}: damaged, or not a checkpoint of this program; take another one")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if saved.keys() >= {"config", "classes", "channels", "nets"}:
+            return saved
+    except Exception:  # noqa: BLE001  a file made to do harm may raise anything
+        pass
+    raise BadInput(f"{path}: holds something else than the weights of this program; take another one")
+
+
+def load_progress(run: Path, config: dict, may_change: tuple[str, ...]) -> dict | None:
+    """The checkpoint that a run goes on from, None before its first; BadInput where it is another run's."""
+    path = run / "checkpoint.pt"
+    if not path.exists():
+        return None
+    saved = load_checkpoint(path)
+    others = [k for k, value in config.items() if k not in may_change and saved["config"].get(k, value) != value]
+    if others or not saved.keys() >= {"stage", "iteration", "optimizers"}:
+        raise BadInput(f"{path}: of another run ({', '.join(others) or 'weights alone'}); bring back the one that was "
+                       "there, or remove it to start from the beginning")
+    if saved["config"]["iterations"] != config["iterations"]:
+        print(f"It goes on as a run of {config['iterations']} iterations would: learning rates and ramps may jump.")
+    return saved
 
 
 def load_weights(net: torch.nn.Module, saved: dict, name: str, source) -> None:
@@ -117,24 +183,32 @@ def rewind_log(path: Path, stages: list[str], saved: dict | None) -> None:
     reached = (saved["stage"], saved["iteration"]) if saved else (0, 0)
     kept = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-        with contextlib.suppress(ValueError):  # a torn line
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
             entry = json.loads(line)
             if line.endswith("\n") and (stages.index(entry["stage"]), entry["iteration"]) <= reached:
                 kept.append(line)
     data.write(path, "".join(kept))
 
 
+def append_log(path: Path, lines: list[dict]) -> None:
+    with data.writing(path), open(path, "a") as log:
+        log.writelines(json.dumps(line) + "\n" for line in lines)
+        log.flush()
+        os.fsync(log.fileno())  # before the checkpoint that is past these lines
+
+
 def read_scalars(pending: list[dict]) -> list[dict]:
     """Lines of the log whose scalars are still tensors, with numbers, in one read from the device; BadInput if one is
-    NaN or infinite."""
+    NaN or infinite, with the names of the `cases` that the step took, which are else left out."""
     names = [name for name, value in pending[0].items() if torch.is_tensor(value)]
     values = torch.stack([torch.stack([line[name] for name in names]) for line in pending]).tolist()
     lines = [line | dict(zip(names, row, strict=True)) for line, row in zip(pending, values, strict=True)]
     for line, row in zip(lines, values, strict=True):
+        cases = ", ".join(dict.fromkeys(line.pop("cases")))
         if not np.isfinite(row).all():
             wrong = next(name for name in names if not np.isfinite(line[name]))
-            raise BadInput(f"{line['stage']}, iteration {line['iteration']}: {wrong} is not finite; lower --lr (the "
-                           "last checkpoint is from before)")
+            raise BadInput(f"{line['stage']}, iteration {line['iteration']}: {wrong} is not finite, in patches of "
+                           f"{cases}; lower --lr or look at these cases (the last checkpoint is from before)")
     return lines
 
 

@@ -76,7 +76,8 @@ def overlay(panels: list[tuple], title: str) -> bytes:
         masks = [prediction] if case.label is None else [case.label.numpy(), prediction]
         shown = masks[0] if masks[0].any() else prediction
         low, high = np.percentile(image, (1, 99))
-        text = f"{case.name}, {name}, {'no label' if case.label is None else f'Dice {100 * dice:.1f}'}\n"
+        score = f"Dice {100 * dice:.1f}" if dice == dice else "no label" if case.label is None else "nothing to find"
+        text = f"{case.name}, {name}, {score}\n"
         for plane, axis in enumerate(row):
             others = tuple(i for i in range(3) if i != plane)
             index = int((shown > 0).sum(others).argmax()) if shown.any() else image.shape[plane] // 2

@@ -450,17 +450,29 @@ def test_missing_data_tells_where_to_get_it(tmp_path):
 
 
 def test_check_lists_every_fault_in_one_pass(tmp_path):
-    nnunet(tmp_path)
-    IMAGE["gzip-checksum"](tmp_path / "imagesTr" / "case0_0000.nii.gz")
-    IMAGE["constant"](tmp_path / "imagesTs" / "case9_0000.nii.gz")
-    LABEL["fractional"](tmp_path / "labelsTr" / "case1.nii.gz")
+    """Each kind of bad file in a case of its own, and what is wrong with the folder: a line each."""
+    spoiled = [(spoil, "imagesTr/case{}_0000.nii.gz") for key, spoil in IMAGE.items() if key != "missing"]
+    spoiled += [(spoil, "labelsTr/case{}.nii.gz") for spoil in LABEL.values()]
+    n = len(spoiled)
+    nnunet(tmp_path, labeled=n + 6, unlabeled=1, test=1)
+    told = []
+    for i, (spoil, file) in enumerate(spoiled):
+        spoil(tmp_path / file.format(i))
+        told.append(Path(file.format(i)).name)
+    image = (tmp_path / "imagesTr").joinpath
+    image(f"case{n}_0000.nii.gz").rename(image(f"case{n}_0001.nii.gz"))
+    copy(image(f"case{n + 1}_0000.nii.gz"), image(f"case{n + 1}_0000.nii"))
+    copy(image(f"case{n + 2}_0000.nii.gz"), image(f"case{n + 3}_0000.nii.gz"))
+    save(tmp_path / "imagesTs" / f"case{n + 4}_0000.nii.gz", scan(999))
     save(tmp_path / "labelsTr" / "nobody.nii.gz", mask(0))
-    copy(tmp_path / "imagesTr" / "case3_0000.nii.gz", tmp_path / "imagesTr" / "case4_0000.nii.gz")
     spec(tmp_path, numTraining=77)
-    faults, _ = check(tmp_path)
-    for told in ("case0_0000", "case9_0000", "case1.nii", "nobody", "case3 and case4|case4 and case3", "numTraining"):
-        assert sum(bool(re.search(told, line)) for line in faults) == 1, told
-    assert len(faults) == 6
+    told += [f"case{n}_0001", f"case{n + 1}_0000.nii", f"case{n + 2} and case{n + 3}|case{n + 3} and case{n + 2}",
+             f"case{n + 4} and case{n + 4}", "nobody", "numTraining"]
+    faults, summary = check(tmp_path)
+    for text in told:
+        assert sum(bool(re.search(text, line)) for line in faults) == 1, text
+    assert len(faults) == len(told) > 30 and all(line.isprintable() for line in faults)
+    assert "labeled 4, unlabeled 1, test 2" in summary
 
 
 def test_a_wrong_count_in_dataset_json_does_not_forbid_training(tmp_path):

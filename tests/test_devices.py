@@ -37,7 +37,8 @@ LOSSES = """
     import torch
     import devices, kernels.dice
 
-    devices.join(torch.device("cpu"))
+    company = devices.company(torch.device("cpu"))
+    company.__enter__()
     generator = torch.Generator().manual_seed(0)
     logits, label = torch.randn(4, 3, 5, 6, 7, generator=generator), torch.randint(4, (4, 5, 6, 7), generator=generator)
     label[1] = 0  # the ranks' shares of the classes, and of the voxels that count, differ
@@ -59,14 +60,16 @@ LOSSES = """
     assert torch.equal(one, torch.full((2, 2), 0.5)) and torch.equal(other, torch.arange(3.0) + 0.5)
     items = list("abcde")
     assert devices.gather(devices.mine(items)) == items and devices.gather([]) == []
-    print("rank", devices.RANK, "agrees")
+    assert devices.anywhere(devices.RANK == 1, ask=True) and not devices.anywhere(True, ask=False)
+    print("agrees")
+    company.__exit__(None, None, None)
 """
 
 
 def test_loss_and_gradients_of_two_ranks_are_those_of_one(tmp_path):
     done = torchrun(tmp_path, 2, LOSSES)
     assert done.returncode == 0, done.stderr
-    assert "rank 0 agrees" in done.stdout and "rank 1 agrees" in done.stdout
+    assert done.stdout.count("agrees") == 2
 
 
 RUN = """
@@ -115,6 +118,7 @@ def test_a_run_of_two_ranks_is_that_of_one(tmp_path):
     start = time.monotonic()
     dead = torchrun(tmp_path, 2, RUN, *arguments, "--out", tmp_path / "dead", "--die")
     assert dead.returncode and time.monotonic() - start < 120
+    assert "error: rank 0: another rank is gone" in dead.stderr and "Traceback (most" not in dead.stderr
     assert record.load_checkpoint(tmp_path / "dead")["iteration"] == 2
     resumed = torchrun(tmp_path, 1, RUN, "--resume", tmp_path / "dead")
     assert resumed.returncode == 0, resumed.stderr
