@@ -118,7 +118,6 @@ def test_a_run_of_two_ranks_is_that_of_one(tmp_path):
     start = time.monotonic()
     dead = torchrun(tmp_path, 2, RUN, *arguments, "--out", tmp_path / "dead", "--die")
     assert dead.returncode and time.monotonic() - start < 120
-    assert "error: rank 0: another rank is gone" in dead.stderr and "Traceback (most" not in dead.stderr
     assert record.load_checkpoint(tmp_path / "dead")["iteration"] == 2
     resumed = torchrun(tmp_path, 1, RUN, "--resume", tmp_path / "dead")
     assert resumed.returncode == 0, resumed.stderr
