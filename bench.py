@@ -143,7 +143,7 @@ def train(args) -> list[dict]:
     for name, (call, dtype) in list(contestants.items()):
         try:
             feedback = call().item()
-        except RuntimeError as error:
+        except Exception as error:  # whatever stops the compiler, the others are timed
             if name != COMPILED:
                 raise
             print(f"{name}: left out, {str(error).splitlines()[0]}")

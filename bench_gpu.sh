@@ -13,7 +13,7 @@
 # A call ends within LIMIT seconds, and starts no part in the last MARGIN of them. The next one skips the parts that
 # are done (OUT/PART.done), goes on with a training from its checkpoint, and does again what else was stopped or failed:
 # each part but the trainings has to fit into one call.
-# Exit status: 0 all is done, 3 call again, 1 a part failed (the others were done), 2 no such part.
+# Exit status: 0 all is done, 3 call again, 1 a part failed (the others were done), 2 no such part or no such device.
 #
 # Every call leaves in OUT/keep what is worth carrying away, in files of 15 MiB at most:
 #     results.tar.gz.*     OUT without weights: logs, JSON, metrics, pictures, predictions (uint8 NIfTI)
@@ -114,7 +114,10 @@ for part in "${parts[@]}"; do
     [ ! -e "$out/$part.done" ] || continue
     IFS=- read -r _ dtype classes <<<"$part"
     case $part in
-        tests) do_part tests "$python" -m pytest tests/test_dice.py tests/test_surface.py ;;
+        tests)
+            "$python" -c 'import sys, torch; torch.empty(1, device=sys.argv[1])' "$device" || exit 2
+            do_part tests "$python" -m pytest tests/test_dice.py tests/test_surface.py
+            ;;
         dice-*-*) bench "$part" dice --dtype "$dtype" --classes "$classes" ;;
         surface | infer) bench "$part" "$part" ;;
         surface-large) bench "$part" surface --patch 512 512 200 --rounds 3 ;;
