@@ -1,19 +1,28 @@
 """Times that mean something: peers and ours in one interleaved run, after a check that they agree.
 
     python bench.py train      the reciprocal step: the authors' formulation against ours
+    python bench.py infer      sliding windows over one volume: the authors' loop and MONAI's against ours
     python bench.py dice       softmax + cross-entropy + Dice, forward and backward, against eager, compiled, MONAI
     python bench.py surface    Dice, Jaccard, ASD and 95HD of a pair of masks against MedPy, SciPy, CuPy, DisTorch
     python bench.py train --patch 112 112 80 --json train.json
 
 Every round times each contestant once, so that whatever else the machine does hits all of them; the table shows the
-median with the 20% and 80% quantiles and the ratio to the first row. Only ratios travel between machines. Peers that
-are not installed are left out; where there is no GPU the rows are the CPU's.
+median with the 20% and 80% quantiles and the ratio to the first row. Only ratios travel between machines. The peers
+are in peers.py; those that are not installed are left out. Data and weights are synthetic.
+
+The floor of `train` and `infer` is arithmetic: the operations of the network's convolutions, counted by PyTorch while
+the first row computes (a multiplication and an addition are two), at the rate of a large matrix product in the row's
+dtype. That product is timed in the same rounds; the last rows show its time for as many operations. On a GPU float32
+means TF32 in both, PyTorch's default for convolutions; the checks are in full float32. A step moves bytes as well,
+which this floor leaves out; peak_mb is the GPU memory that a call takes beyond weights, optimizer and input.
+The floor of `dice` is the fewest bytes (kernels/dice.py counts them) at the speed of a plain copy.
 """
 
 import argparse
 import copy
 import importlib.util
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -23,30 +32,39 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import devices
 import metrics
+import peers
 import reciprocal
 import record
 from cli import BadInput, Parser, cli
 from kernels.dice import dice_ce, reference
 
+Contestant = tuple[Callable[[], object], torch.dtype]  # what is timed, and what its floor is counted in
+AMP = {torch.float32: "off", torch.bfloat16: "bf16"}
+COMPILED = "ours, compiled"
+
 
 def interleave(contestants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> list[dict]:
-    """Milliseconds of a call of each contestant, all of them in turn each round, after one round to warm up. On a
-    GPU a turn is 20 calls, so that waiting for the last of them does not count."""
+    """Milliseconds of a call of each contestant, all of them in turn each round, after two rounds to warm up. A turn
+    is as many calls as take 0.2 s, 20 at most, so that on a GPU waiting for the last of them does not count."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    calls = 20 if device.type == "cuda" else 1
-    for turn in range(rounds + 1):
+    calls = dict.fromkeys(contestants, 1)
+    for turn in range(-2, rounds):
         for name, call in contestants.items():
             wait(device)
             start = time.perf_counter()
-            for _ in range(calls):
+            for _ in range(calls[name]):
                 call()
             wait(device)
-            if turn:
-                times[name].append(1000 * (time.perf_counter() - start) / calls)
+            took = 1000 * (time.perf_counter() - start) / calls[name]
+            if turn < 0:
+                calls[name] = int(np.clip(200 / took, 1, 20))
+            else:
+                times[name].append(took)
     first = np.median(next(iter(times.values())))
     return [dict(name=name, ms=float(np.median(t)), low=float(np.quantile(t, 0.2)), high=float(np.quantile(t, 0.8)),
                  ratio=float(np.median(t) / first)) for name, t in times.items()]
@@ -57,92 +75,163 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def authors_step(nets, optimizers, batch, cfg) -> dict:
-    """The step as the authors' code performs it: four forward and four backward passes, the teacher's losses one
-    backward each, every set of gradients copied, the feedback read back to the host."""
-    (teacher, student), (t_optimizer, s_optimizer) = nets, optimizers
+def memory(call: Callable[[], object]) -> float:
+    """GPU memory in MB that a call takes at most beyond what lies there before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
-    def gradients(net, loss, retain=False):
-        net.zero_grad()
-        loss.backward(retain_graph=retain)
-        return copy.deepcopy([p.grad for p in net.parameters()])
 
-    t_logits_u = teacher(batch["x_u"])
-    pseudo_label = t_logits_u.detach().argmax(1)
-    g_u = gradients(student, F.cross_entropy(student(batch["x_u"]), pseudo_label))
-    s_optimizer.step()
-    g_l = gradients(student, F.cross_entropy(student(batch["x_l"]), batch["y_l"].long()))
-    h = cfg.lr * sum((u * v).sum().item() for u, v in zip(g_u, g_l, strict=True))
-    g_t = gradients(teacher, F.cross_entropy(teacher(batch["x_l"]), batch["y_l"].long()))
-    g_h = gradients(teacher, h * F.cross_entropy(t_logits_u, pseudo_label))
-    for p, one, other in zip(teacher.parameters(), g_t, g_h, strict=True):
-        p.grad = one + other
-    t_optimizer.step()
-    return {"feedback": torch.tensor(h)}
+def above_floor(contestants: dict[str, Contestant], flops: int, samples: int, args) -> list[dict]:
+    """`interleave` for calls of so many operations and samples, with the floor of each dtype in the last rows."""
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
+    side = 8192 if args.device.type == "cuda" else 2048
+    factors = {dtype: torch.randn(side, side, device=args.device, dtype=dtype) for _, dtype in contestants.values()}
+    everyone = contestants | {f"floor, {str(dtype)[6:]}": (lambda x=x: x @ x, dtype) for dtype, x in factors.items()}
+    rows = interleave({name: call for name, (call, _) in everyone.items()}, args.rounds, args.device)
+    floor = {}
+    for row, dtype in zip(rows[len(contestants):], factors, strict=True):
+        row |= {key: row[key] * flops / (2 * side**3) for key in ("ms", "low", "high", "ratio")}
+        floor[dtype] = row["ms"]
+    for row, (call, dtype) in zip(rows, everyone.values(), strict=True):
+        row |= dict(samples_per_s=1000 * samples / row["ms"], tflop_per_s=flops / row["ms"] / 1e9,
+                    share_of_floor=floor[dtype] / row["ms"])
+        if args.device.type == "cuda" and row["name"] in contestants:
+            row["peak_mb"] = memory(call)
+    return rows
 
 
 def train(args) -> list[dict]:
     """Both formulations of the `--preset paper` step, from the same weights on the same patches."""
     cfg = reciprocal.Config(**reciprocal.PRESETS["paper"], filters=args.filters, depth=args.depth,
                             patch=tuple(args.patch), batch_l=args.batch, batch_u=args.batch, dropout=False).check()
+    torch.backends.cudnn.benchmark = True  # as reciprocal.py trains
     torch.manual_seed(0)
     start = [reciprocal.VNet(1, 2, cfg.filters, cfg.depth).train() for _ in range(2)]
     batch = dict(x_l=torch.randn(cfg.batch_l, 1, *cfg.patch), x_u=torch.randn(cfg.batch_u, 1, *cfg.patch))
     batch["y_l"] = (F.avg_pool3d(batch["x_l"], 5, 1, 2)[:, 0] > 0).byte()
 
-    def contestant(step, memory_format):
+    def contestant(step, memory_format, dtype=torch.float32, compiled=False) -> Contestant:
         nets = [copy.deepcopy(net).to(args.device, memory_format=memory_format) for net in start]
         optimizers = [reciprocal.make_optimizer(cfg, net) for net in nets]
         there = {name: x.to(args.device, memory_format=memory_format if x.ndim == 5 else torch.contiguous_format)
                  for name, x in batch.items()}
-        return lambda: step(nets, optimizers, there, cfg)["feedback"]
+        for net in nets if compiled else ():
+            net.compile()
+
+        def call() -> torch.Tensor:
+            with devices.autocast(AMP[dtype], args.device):
+                return step(nets, optimizers, there, cfg)["feedback"]
+
+        return call, dtype
 
     contestants = {
-        "authors' formulation": contestant(authors_step, torch.contiguous_format),
+        "authors' formulation": contestant(peers.authors_step, torch.contiguous_format),
         "ours, contiguous": contestant(reciprocal.reciprocal_step, torch.contiguous_format),
         "ours": contestant(reciprocal.reciprocal_step, torch.channels_last_3d),
     }
-    first = [call().item() for call in contestants.values()]
-    if not np.allclose(first, first[0], rtol=1e-2):
-        raise BadInput(f"the formulations disagree on the first feedback: {first}; nothing is timed")
-    return interleave(contestants, args.rounds, args.device)
+    best = torch.float32
+    if args.device.type == "cuda":
+        best = torch.bfloat16
+        contestants["ours, bf16"] = contestant(reciprocal.reciprocal_step, torch.channels_last_3d, best)
+    if args.compile:
+        contestants[COMPILED] = contestant(reciprocal.reciprocal_step, torch.channels_last_3d, best, compiled=True)
+    with FlopCounterMode(display=False) as counter:
+        expected = contestant(peers.authors_step, torch.contiguous_format)[0]().item()
+    for name, (call, dtype) in list(contestants.items()):
+        try:
+            feedback = call().item()
+        except Exception as error:  # whatever stops the compiler, the others are timed
+            if name != COMPILED:
+                raise
+            print(f"{name}: left out, {str(error).splitlines()[0]}")
+            del contestants[name]
+            continue
+        if not math.isclose(feedback, expected, rel_tol=1e-2 if dtype == torch.float32 else 0.5):
+            raise BadInput(f"{name}: the first feedback is {feedback}, not {expected}; nothing is timed")
+    return above_floor(contestants, counter.get_total_flops(), cfg.batch_l + cfg.batch_u, args)
+
+
+def infer(args) -> list[dict]:
+    """The labels of one volume, from the image on the host to the labels on the host. A sample is the volume.
+
+    On one CPU thread PyTorch has a slow way of its own for small convolutions of a single sample: at small sizes most
+    of the gain of several windows is that."""
+    torch.manual_seed(0)
+    image = data.pad(F.avg_pool3d(torch.randn(1, *args.volume), 5, 1, 2), args.patch)
+    image /= image.std()
+    net = reciprocal.VNet(1, 2, args.filters, args.depth)
+    for module in net.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # one pass sets the statistics
+    window = image[(..., *map(slice, args.patch))]
+    with torch.no_grad():  # as many voxels of one class as of the other: that labels agree says something then
+        net.head.bias -= net(torch.stack([window, window.flip(-1)])).mean((0, 2, 3, 4))
+    plain = net.eval().to(args.device)
+    ours = copy.deepcopy(plain).to(memory_format=torch.channels_last_3d)
+
+    def segment(windows: int, dtype=torch.float32) -> Contestant:
+        cfg = reciprocal.Config(patch=args.patch, stride=args.stride, depth=args.depth, windows=windows,
+                                amp=AMP[dtype]).check()
+        return lambda: reciprocal.predict_label(ours, image.to(args.device), cfg).cpu().numpy(), dtype
+
+    def theirs() -> np.ndarray:
+        return peers.authors_segment(plain, image.numpy(), args.patch, args.stride)
+
+    several = reciprocal.Config.windows
+    contestants = {"authors' loop": (lambda: theirs().argmax(0), torch.float32), "ours, 1 window": segment(1),
+                   f"ours, {several} windows": segment(several)}
+    if args.device.type == "cuda":
+        contestants[f"ours, {several} windows, bf16"] = segment(several, torch.bfloat16)
+    if installed("monai"):
+        def monai() -> np.ndarray:
+            x = image[None].to(args.device)
+            return peers.monai_segment(plain, x, args.patch, args.stride, several)[0].argmax(0).cpu().numpy()
+
+        contestants[f"MONAI, {several} windows"] = monai, torch.float32
+    with FlopCounterMode(display=False) as counter:
+        expected = theirs()
+    others = {name: differing(name, call(), expected, 1e-3 if dtype == torch.float32 else 0.1)
+              for name, (call, dtype) in contestants.items()}
+    rows = above_floor(contestants, counter.get_total_flops(), 1, args)
+    for row, n in zip(rows, others.values(), strict=False):  # the floor's rows have none
+        row["voxels_differ"] = n
+    return rows
+
+
+def differing(name: str, label: np.ndarray, probs: np.ndarray, tie: float) -> int:
+    """How many voxels are labeled otherwise than by the greatest of `probs`; BadInput where that is no tie."""
+    second, best = np.sort(probs, 0)[-2:]
+    differ = label != probs.argmax(0)
+    if wrong := int((differ & (best - second > tie)).sum()):
+        raise BadInput(f"{name}: {wrong} of {label.size} voxels have another label; nothing is timed")
+    return int(differ.sum())
 
 
 def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def eager_loss(logits, label):
-    """Cross-entropy + Dice as the left-atrium literature writes them, a class at a time."""
-    probs, dice = logits.softmax(1), 0
-    for c in range(1, logits.shape[1]):
-        p, t = probs[:, c], (label == c).float()
-        dice += 1 - (2 * (p * t).sum() + 1e-5) / ((p * p).sum() + (t * t).sum() + 1e-5)
-    return 0.5 * F.cross_entropy(logits, label.long()) + 0.5 * dice / (logits.shape[1] - 1)
-
-
 def dice(args) -> list[dict]:
-    """Forward + backward. The floor is the fewest bytes (kernels/dice.py counts them) at the speed of a plain copy."""
+    """Forward and backward, against the fewest bytes."""
     torch.manual_seed(0)
     shape = (args.batch, args.classes, *args.patch)
     logits = torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype), requires_grad=True)
     label = torch.randint(args.classes, shape[:1] + shape[2:], device=args.device, dtype=torch.uint8)
-    losses = {"eager, as in the literature": eager_loss, "reference": reference}
+    losses = {"eager, as in the literature": peers.eager_loss, "reference": reference}
     if args.device.type == "cuda":
         losses |= {"torch.compile of the reference": torch.compile(reference), "ours": dice_ce}
     if installed("monai"):
-        from monai.losses import DiceCELoss
-
-        monai = DiceCELoss(softmax=True, to_onehot_y=True, lambda_dice=0.5, lambda_ce=0.5)
-        losses["MONAI DiceCELoss (another form)"] = lambda logits, label: monai(logits, label[:, None].long())
+        losses["MONAI DiceCELoss (another form)"] = peers.monai_loss
 
     def both(loss):
         return lambda: torch.autograd.grad(loss(logits, label), logits)[0]
 
     expected = both(reference)().float()
     for name in ("eager, as in the literature", "ours"):
-        if name in losses and not torch.allclose(both(losses[name])().float(), expected, rtol=1e-2,
-                                                 atol=1e-3 * expected.abs().max().item()):
+        if name in losses and not (both(losses[name])() - expected).norm() <= 1e-2 * expected.norm():
             raise BadInput(f"{name}: another gradient than the reference; nothing is timed")
     rows = interleave({name: both(loss) for name, loss in losses.items()}, args.rounds, args.device)
     moved = label.numel() * (3 * args.classes * logits.element_size() + 2 * label.element_size())
@@ -153,11 +242,7 @@ def dice(args) -> list[dict]:
     for row, loss in zip(rows, losses.values(), strict=True):
         row |= dict(gb_per_s=moved / row["ms"] / 1e6, share_of_floor=floor / row["ms"])
         if args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            both(loss)()
-            beyond = torch.cuda.max_memory_allocated() - before - logits.numel() * logits.element_size()
-            row["mb_beyond_gradient"] = beyond / 1e6
+            row["mb_beyond_gradient"] = memory(both(loss)) - logits.numel() * logits.element_size() / 1e6
     return rows
 
 
@@ -171,53 +256,36 @@ def blobs(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     return ball + 0.04 * other < 0.45, ball < 0.45
 
 
-def by_scipy(prediction, label) -> dict:
-    """The definitions by SciPy's distance transform on the masks' common box."""
-    box = ndimage.find_objects((prediction | label).astype(int))[0]
-    masks = [np.pad(mask[box], 1) for mask in (prediction, label)]
-    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in masks]
-    there, back = (ndimage.distance_transform_edt(~b)[a] for a, b in (surfaces, surfaces[::-1]))
-    return dict(asd=there.mean(), hd95=np.percentile(np.concatenate([there, back]), 95))
-
-
 def surface(args) -> list[dict]:
     prediction, label = blobs(tuple(args.patch))
-    contestants = {"SciPy distance transform on the box": lambda: by_scipy(prediction, label),
+    contestants = {"SciPy distance transform on the box": lambda: peers.by_scipy(prediction, label),
                    "ours, CPU": lambda: metrics.score(prediction, label)}
     if installed("medpy"):
-        from medpy.metric import binary
-
-        contestants = {"MedPy": lambda: dict(dice=binary.dc(prediction, label), jaccard=binary.jc(prediction, label),
-                                             asd=binary.asd(prediction, label),
-                                             hd95=binary.hd95(prediction, label))} | contestants
+        contestants = {"MedPy": lambda: peers.by_medpy(prediction, label)} | contestants
     if args.device.type == "cuda":
         there = [torch.from_numpy(mask).to(args.device) for mask in (prediction, label)]
         contestants["ours, GPU"] = lambda: metrics.score(*there)
         if installed("cupy"):
             import cupy
-            from cupyx.scipy import ndimage as gpu
 
             masks = [cupy.asarray(mask) for mask in (prediction, label)]
-
-            def by_cupy():
-                surfaces = [mask & ~gpu.binary_erosion(mask) for mask in masks]
-                near = [gpu.distance_transform_edt(~b)[a] for a, b in (surfaces, surfaces[::-1])]
-                return dict(asd=float(near[0].mean()), hd95=float(cupy.percentile(cupy.concatenate(near), 95)))
-
-            contestants["CuPy distance transform"] = by_cupy
+            contestants["CuPy distance transform"] = lambda: peers.by_cupy(*masks)
         if installed("distorch"):
             from distorch.metrics import boundary_metrics
 
             contestants["DisTorch (percentiles not pooled)"] = lambda: boundary_metrics(*(m[None] for m in there))
-    expected = by_scipy(prediction, label)
+    expected = peers.by_scipy(prediction, label)
     for name, call in contestants.items():
-        if "DisTorch" not in name and any(abs(call()[key] - value) > 1e-9 for key, value in expected.items()):
+        if "DisTorch" not in name and any(not abs(call()[key] - value) <= 1e-9 for key, value in expected.items()):
             raise BadInput(f"{name}: another distance than SciPy's; nothing is timed")
     return interleave(contestants, args.rounds, args.device)
 
 
-BENCHES = {"train": train, "dice": dice, "surface": surface}
-SIZES = {"train": (64, 64, 48), "dice": (112, 112, 80), "surface": (190, 140, 88)}
+BENCHES = {"train": train, "infer": infer, "dice": dice, "surface": surface}
+SIZES = {"train": dict(patch=(48, 48, 32), batch=2, filters=16),
+         "infer": dict(patch=(48, 48, 32), volume=(72, 72, 56), stride=(24, 24, 12), filters=8),
+         "dice": dict(patch=(112, 112, 80), batch=4), "surface": dict(patch=(190, 140, 88))}
+LEFT_ATRIUM = dict(patch=(112, 112, 80), volume=(190, 140, 88), stride=(18, 18, 4), filters=16)
 
 
 def main() -> None:
@@ -226,19 +294,24 @@ def main() -> None:
     parser.add_argument("--device", type=devices.settle, default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the table, the arguments and the environment to this file")
-    parser.add_argument("--patch", type=int, nargs=3, help=f"voxels a side (default: {SIZES})")
-    parser.add_argument("--batch", type=int, help="patches (default: 2 labeled + 2 unlabeled for train, 4 for dice)")
+    parser.add_argument("--patch", type=int, nargs=3, help="voxels a side; of the masks for surface")
+    parser.add_argument("--volume", type=int, nargs=3, help="voxels a side, for infer")
+    parser.add_argument("--stride", type=int, nargs=3, help="for infer")
+    parser.add_argument("--batch", type=int, help="patches; so many labeled and so many unlabeled ones for train")
     parser.add_argument("--classes", type=int, default=2, help="for dice")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="for dice")
-    parser.add_argument("--filters", type=int, default=16, help="for train")
-    parser.add_argument("--depth", type=int, default=4, help="for train")
+    parser.add_argument("--filters", type=int, help="for train and infer")
+    parser.add_argument("--depth", type=int, default=4, help="for train and infer")
+    parser.add_argument("--compile", action="store_true", help="for train: a row with compiled networks, bf16 on CUDA")
     args = parser.parse_args()
-    args.patch = args.patch or SIZES[args.bench]
-    args.batch = args.batch or {"train": 2, "dice": 4}.get(args.bench)
+    on_gpu = args.device.type == "cuda" and args.bench in ("train", "infer")
+    for name, size in (SIZES[args.bench] | (LEFT_ATRIUM if on_gpu else {})).items():
+        setattr(args, name, getattr(args, name) or size)
+    torch.backends.cudnn.allow_tf32 = False  # for the checks
     rows = BENCHES[args.bench](args)
     width = max(len(row["name"]) for row in rows)
     for row in rows:
-        more = "".join(f"  {name} {row[name]:.2f}" for name in list(row)[5:])
+        more = "".join(f"  {name} {row[name]:.3f}".removesuffix(".000") for name in list(row)[5:])
         print(f"{row['name']:{width}}  {row['ms']:10.3f} ms  [{row['low']:.3f}, {row['high']:.3f}]  "
               f"ratio {row['ratio']:.3f}{more}")
     if args.json:

@@ -1,0 +1,181 @@
+"""The benches: what they count is right, and nothing is timed that computes something else."""
+
+import itertools
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import cli
+import kernels.dice
+import metrics
+import peers
+import reciprocal
+from reciprocal import VNet
+
+ROOT = Path(__file__).parent.parent
+TINY = "--device cpu --patch 16 16 16 --filters 2 --depth 2 --rounds 1"
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """No interpreter, which would only make the loss slow; and the switches of the benches back where they were."""
+    monkeypatch.setattr(kernels.dice, "INTERPRETED", False)
+    backends, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    for name in ("benchmark", "allow_tf32"):
+        monkeypatch.setattr(backends, name, getattr(backends, name))
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """`bench.py ARGUMENTS --json FILE` at a tiny size: its exit status, and what it wrote or None."""
+
+    def run(arguments: str):
+        path = tmp_path / "rows.json"
+        monkeypatch.setattr("sys.argv", ["bench.py", *shlex.split(f"{arguments} {TINY} --json {path}")])
+        return cli.cli(bench.main), json.loads(path.read_text()) if path.exists() else None
+
+    return run
+
+
+def multiplications(patch, filters: int, depth: int) -> int:
+    """Of the V-Net's forward pass for one patch of one channel and two classes."""
+    convs, voxels, width = (1, 2, 3, 3, 3), int(np.prod(patch)), [filters * 2**level for level in range(depth + 1)]
+    total = voxels * (27 * filters + 2 * filters)  # the first convolution, the head
+    for level, (n, w) in enumerate(zip(convs, width, strict=False)):
+        pairs = n - 1 + n if level == 0 else 2 * n  # encoder and decoder
+        total += (pairs if level < depth else n) * 27 * w * w * voxels // 8**level
+    for level, (fine, coarse) in enumerate(itertools.pairwise(width)):
+        total += 2 * fine * coarse * voxels // 8**level  # down: 8 taps at an eighth of the voxels; up: one tap a voxel
+    return total
+
+
+@pytest.mark.parametrize("patch, filters, depth", [((112, 112, 80), 16, 4), ((16, 32, 16), 3, 2)])
+def test_the_counted_operations_are_those_of_the_network(patch, filters, depth):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        VNet(1, 2, filters, depth)(torch.empty(1, 1, *patch))
+    assert counter.get_total_flops() == 2 * multiplications(patch, filters, depth)
+    if filters == 16:
+        assert round(multiplications(patch, filters, depth) / 1e9, 1) == 40.1
+
+
+def test_train(run):
+    status, result = run("train --batch 2")
+    authors, plain, ours, floor = result["rows"]
+    assert status == 0 and authors["ratio"] == 1 and floor["name"] == "floor, float32"
+    # four forward passes of two patches, their backward passes twice as much but for the gradient of the input
+    flops = 2 * 8 * (3 * multiplications((16, 16, 16), 2, 2) - 27 * 2 * 16**3)
+    for row in result["rows"]:
+        assert np.isclose(row["tflop_per_s"] * row["ms"] * 1e9, flops)
+        assert np.isclose(row["samples_per_s"] * row["ms"], 4000)
+        assert np.isclose(row["share_of_floor"], floor["ms"] / row["ms"])
+    assert result["environment"]["torch"] == torch.__version__ and result["environment"]["device"] == "cpu"
+    assert result["arguments"]["patch"] == "[16, 16, 16]" and result["arguments"]["batch"] == "2"
+
+
+def test_train_refuses_another_feedback(run, monkeypatch, capsys):
+    step = reciprocal.reciprocal_step
+    monkeypatch.setattr(reciprocal, "reciprocal_step", lambda *a: {"feedback": 1.1 * step(*a)["feedback"]})
+    assert run("train --batch 2") == (2, None)
+    assert "ours, contiguous: the first feedback is" in capsys.readouterr().err
+
+
+def test_networks_that_do_not_compile_are_left_out(run, monkeypatch, capsys):
+    def broken(x):
+        raise RuntimeError("no compiler\nmore of it")
+
+    monkeypatch.setattr(VNet, "compile", lambda net: setattr(net, "forward", broken))
+    status, result = run("train --batch 2 --compile")
+    assert status == 0 and len(result["rows"]) == 4
+    assert "ours, compiled: left out, no compiler\n" in capsys.readouterr().out
+
+
+def test_infer(run):
+    status, result = run("infer --volume 20 24 16 --stride 4 8 8")
+    assert status == 0 and {row.get("voxels_differ") for row in result["rows"][:3]} <= set(range(20))
+    windows = 2 * 2 * 1
+    for row in result["rows"]:
+        assert np.isclose(row["tflop_per_s"] * row["ms"] * 1e9, windows * 2 * multiplications((16, 16, 16), 2, 2))
+
+
+def test_infer_refuses_other_labels(run, monkeypatch, capsys):
+    right = reciprocal.predict_label
+    monkeypatch.setattr(reciprocal, "predict_label", lambda *a: right(*a).roll(1, 0))
+    assert run("infer --volume 20 24 16 --stride 4 8 8") == (2, None)
+    assert "ours, 1 window: " in capsys.readouterr().err
+
+
+def test_the_authors_window_is_ours():
+    torch.manual_seed(0)
+    net, image = VNet(1, 3, 2, 2).eval(), torch.randn(1, 19, 24, 16)
+    theirs = peers.authors_segment(net, image.numpy(), (16, 16, 16), (5, 3, 4))
+    ours = reciprocal.segment(net, image, (16, 16, 16), (5, 3, 4))
+    assert np.allclose(theirs, ours, atol=1e-6)
+
+
+def test_only_ties_may_be_labeled_otherwise():
+    probs = np.float32([[0.9, 0.5001, 0.2], [0.1, 0.4999, 0.8]]).reshape(2, 3, 1, 1)
+    assert bench.differing("same", np.uint8([0, 0, 1]).reshape(3, 1, 1), probs, 1e-3) == 0
+    assert bench.differing("tie", np.uint8([0, 1, 1]).reshape(3, 1, 1), probs, 1e-3) == 1
+    with pytest.raises(cli.BadInput, match="wrong: 1 of 3 voxels"):
+        bench.differing("wrong", np.uint8([1, 1, 1]).reshape(3, 1, 1), probs, 1e-3)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), 3.5])
+def test_surface_refuses_other_distances(run, monkeypatch, capsys, wrong):
+    monkeypatch.setattr(metrics, "score", lambda *masks: dict(asd=wrong, hd95=wrong))
+    assert run("surface") == (2, None)
+    assert "ours, CPU: another distance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), 1.1])
+def test_dice_refuses_other_gradients(run, monkeypatch, capsys, wrong):
+    right = peers.eager_loss
+    monkeypatch.setattr(peers, "eager_loss", lambda *a: wrong * right(*a))
+    assert run("dice --batch 1") == (2, None)
+    assert "another gradient" in capsys.readouterr().err
+
+
+def test_dice_accepts_the_rounding_of_bf16(run):
+    assert run("dice --batch 1 --dtype bfloat16")[0] == 0
+
+
+def test_a_turn_is_as_many_calls_as_fill_it(monkeypatch):
+    clock, calls = [0.0], dict(quick=0, slow=0)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+
+    def contestant(name, seconds):
+        def call():
+            clock[0] += seconds
+            calls[name] += 1
+        return call
+
+    rows = bench.interleave(dict(quick=contestant("quick", 0.001), slow=contestant("slow", 1)), 3, torch.device("cpu"))
+    assert calls == dict(quick=1 + 4 * 20, slow=2 + 3)
+    assert [round(row["ms"], 6) for row in rows] == [1, 1000] and round(rows[1]["ratio"], 6) == 1000
+
+
+def test_bench_gpu_skips_what_is_done_and_stops_in_time(tmp_path):
+    def call(*parts, **variables):
+        settings = [f"{name}={value}" for name, value in variables.items()]
+        done = subprocess.run(["env", *settings, ROOT / "bench_gpu.sh", tmp_path, *parts], text=True,
+                              capture_output=True)
+        return done.returncode, done.stdout + done.stderr
+
+    subprocess.run(["bash", "-n", ROOT / "bench_gpu.sh"], check=True)
+    (tmp_path / "train.done").touch()
+    assert call("train", PYTHON="false") == (0, f"all parts are done; results in {tmp_path}/keep\n")
+    assert call("train", "infer", LIMIT=100) == (3, "infer: not begun, 100 s are left\n")
+    status, text = call("infer", "dice-float32-2", "train", PYTHON="false")
+    assert status == 1 and text.endswith("failed: infer dice-float32-2\n")
+    assert call("infer", PYTHON="true")[0] == 0 and (tmp_path / "infer.done").exists()
+    assert call("nothing") == (2, "error: no part nothing; the header of this file lists them\n")
+    assert (tmp_path / "keep" / "results.tar.gz.aa").exists()
