@@ -121,11 +121,14 @@ class Config:
 
 # ---- the network --------------------------------------------------------------------------------------------------
 
-class Norm(nn.BatchNorm2d):
-    """BatchNorm3d, bit for bit, in the layout for which PyTorch has fast kernels: channels_last has none in 5-D."""
+class Norm(nn.BatchNorm3d):
+    """BatchNorm3d, bit for bit, by a 4-D view on GPUs, where channels_last has no fast kernel in 5-D."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Either rank will do."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(2, 3)).unflatten(2, x.shape[2:4])  # views
+        return super().forward(x.flatten(2, 3)).unflatten(2, x.shape[2:4]) if x.is_cuda else super().forward(x)
 
 
 class VNet(nn.Module):
@@ -214,8 +217,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     # 3. The feedback h. The labeled part of the lesson owes nothing to the pseudo label: the scalar credits g_u alone.
     if cfg.feedback in ("scalar", "shuffled"):
         g_l = gradients_of(loss_exam, s_weights)
-        u, v = (torch.cat([g.flatten() for g in gradients]) for gradients in (g_u, g_l))
-        feedback = s_optimizer.param_groups[0]["lr"] * (u * v).sum()
+        feedback = s_optimizer.param_groups[0]["lr"] * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
         if cfg.feedback == "shuffled":
             feedback = feedback * (2 * torch.randint(2, (), device=feedback.device) - 1)
     elif cfg.feedback == "difference":
