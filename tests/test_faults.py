@@ -262,9 +262,12 @@ def test_program_is_stopped(number, status, folder, tmp_path):
     run = tmp_path / "run"
     child = program("--data", folder, "--labeled", 3, "--out", run, *SMALL, "--method", "supervised", "--iterations",
                     10**6, "--log-every", 3, "--save-every", 1000)
-    wait_for(lambda: (run / "log.jsonl").exists() and len(log(run)) > 8)
-    child.send_signal(number)
-    _, error = child.communicate(timeout=30)
+    try:
+        wait_for(lambda: (run / "log.jsonl").exists() and (run / "log.jsonl").read_text().count("\n") > 8)
+        child.send_signal(number)
+        _, error = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode == status and error == f"stopped; --resume {run} goes on\n"
     done = record.load_checkpoint(run)["iteration"]
     assert [line["iteration"] for line in log(run)] == list(range(1, done + 1))
@@ -272,17 +275,20 @@ def test_program_is_stopped(number, status, folder, tmp_path):
 
 # ---- one process a run -----------------------------------------------------------------------------------------------
 
-def test_second_process_is_refused_until_the_first_is_dead(folder, tmp_path, capsys):
+def test_second_process_is_refused_until_the_first_is_dead(folder, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
+    monkeypatch.setattr(reciprocal, "train", lambda *_: pytest.fail("two train in one folder"))
     child = program("--data", folder, "--labeled", 3, "--out", run, *SMALL, "--method", "supervised", "--iterations",
                     10**6, "--save-every", 1)
-    wait_for((run / "checkpoint.pt").exists)
-    for arguments in (["--resume", run], ["--data", folder, "--out", run, *SMALL]):
-        assert cli(*arguments) == 2
-        assert str(run) in one_line(capsys)
-    assert child.poll() is None
-    child.kill()
-    child.communicate()
+    try:
+        wait_for((run / "checkpoint.pt").exists)
+        for arguments in (["--resume", run], ["--data", folder, "--out", run, *SMALL]):
+            assert cli(*arguments) == 2
+            assert str(run) in one_line(capsys)
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.communicate()
     with record.occupied(run):  # the kernel has let go of it
         pass
 
@@ -350,6 +356,16 @@ def test_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path):
         record.save_checkpoint(path, checkpoint(2, 100_000))
     assert record.load_checkpoint(path)["weights"][0] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_log_that_does_not_fit_is_told_and_rewound(tmp_path):
+    path, lines = tmp_path / "log.jsonl", [dict(stage="mt", iteration=i, loss=0.1) for i in range(1, 2000)]
+    record.append_log(path, lines[:9])
+    with files_of_at_most(50_000), pytest.raises(BadInput, match="log.jsonl: cannot be written.*too large"):
+        record.append_log(path, lines[9:])
+    assert not path.read_text().endswith("\n")  # a torn line
+    record.rewind_log(path, ["mt"], dict(stage=0, iteration=7))
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:7]
 
 
 @contextlib.contextmanager

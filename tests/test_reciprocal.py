@@ -470,6 +470,7 @@ def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path, capsys):
     ("--data hippocampus", "medicaldecathlon.com"),
     ("--data no/such/folder", "no/such/folder"),
     ("--patch 20 32 32", "--patch 20 32 32"),
+    ("--method sassnet --depth 1 --patch 16 8 16", "at least 16"),
     ("--labeled 0.001", "--labeled"),
     ("--labeled 1.0 --iterations 1", "supervised"),
     ("--unknown 1", "--unknown"),
