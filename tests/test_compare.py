@@ -292,12 +292,13 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys):
         stats.compare([run(DICE[0]), run(DICE[0], data="la")])
 
 
-def test_the_kept_runs(monkeypatch, capsys):
-    runs = sorted((Path(__file__).parents[1] / "results" / "hippocampus-0.1").glob("*-seed?"))
+@pytest.mark.parametrize("labeled,folder", [(8, "hippocampus-0.05"), (16, "hippocampus-0.1")])
+def test_the_kept_runs_print_the_table_of_the_readme(monkeypatch, capsys, labeled, folder):
+    runs = sorted((Path(__file__).parents[1] / "results" / folder).glob("*-seed?"))
     status, out, error = call(monkeypatch, capsys, *runs)
     assert status == 0, error
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     for line in out.splitlines():
-        if match := re.match(r"(\S.*?)  +16 +144 +40 +3 .*?([\d.]+ ± [\d.]+) \[", line):
+        if match := re.match(rf"(\S.*?)  +{labeled} +{160 - labeled} +40 +3 .*?([\d.]+ ± [\d.]+) \[", line):
             assert any(match[1] in row and match[2] in row for row in readme.splitlines()), line
-    assert out.count("  16  ") == 10
+    assert out.count(f"  {labeled}  ") == 10
