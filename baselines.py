@@ -159,11 +159,12 @@ class Discriminator(nn.Module):
         self.stem_maps, self.stem_image = (nn.Conv3d(n, width[0], 4, 2, 1) for n in (maps, channels))
         convs = [nn.Conv3d(before, after, 4, 2, 1) for before, after in itertools.pairwise(width)]
         layers = [(nn.LeakyReLU(0.2), nn.Dropout3d(0.5), conv) for conv in convs]
-        self.body = nn.Sequential(*itertools.chain(*layers), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+        self.body = nn.Sequential(*itertools.chain(*layers), nn.LeakyReLU(0.2))
         self.head = nn.Linear(width[-1], 2)
 
     def forward(self, maps: Tensor, image: Tensor) -> Tensor:
-        return self.head(self.body(self.stem_maps(maps) + self.stem_image(image)))
+        features = self.body(self.stem_maps(maps) + self.stem_image(image))
+        return self.head(features.mean((2, 3, 4)))  # an average pool, whose gradient on a GPU is deterministic, too
 
     def optimizer(self) -> Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-4, betas=(0.9, 0.99))

@@ -4,7 +4,7 @@
 #     while ./bench_gpu.sh runs/gpu; [ $? = 3 ]; do :; done       until everything is done
 #
 # The parts, in their order where none is named; each logs to OUT/PART.log:
-#     tests                                          the kernels' tests, on the GPU
+#     tests                                          the tests of the kernels and the faults, on the GPU
 #     dice-float32-2 dice-float32-14 dice-bfloat16-2 dice-bfloat16-14
 #     surface surface-large train infer              bench.py, each to OUT/PART.json as well
 #     supervised-SEED reciprocal-SEED off-SEED       for each of SEEDS the left atrium at 20% labeled with the recipe's
@@ -116,7 +116,7 @@ for part in "${parts[@]}"; do
     case $part in
         tests)
             "$python" -c 'import sys, torch; torch.empty(1, device=sys.argv[1])' "$device" || exit 2
-            do_part tests "$python" -m pytest tests/test_dice.py tests/test_surface.py
+            do_part tests "$python" -m pytest tests/test_dice.py tests/test_surface.py tests/test_faults.py
             ;;
         dice-*-*) bench "$part" dice --dtype "$dtype" --classes "$classes" ;;
         surface | infer) bench "$part" "$part" ;;
