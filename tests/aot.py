@@ -33,6 +33,7 @@ class Job:
     constexprs: dict[str, int | None]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
 
 
 def assert_no_spills(module: str, jobs: list[Job]) -> list[dict]:
@@ -75,7 +76,7 @@ def measure(fn, job: Job) -> dict:
         job.constexprs,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages, "maxnreg": job.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -312,6 +312,7 @@ def jobs(classes, dtype, label="u8", form="batch", background=True, channels_las
             {key: "constexpr" if key in constants else kinds[key] for key in names},
             constants,
             num_warps=config["num_warps"],
+            maxnreg=config.get("maxnreg"),
         )
 
 
