@@ -40,7 +40,7 @@ import metrics
 import peers
 import reciprocal
 import record
-from cli import BadInput, Parser, cli
+from cli import BadInput, Parser, cli, write
 from kernels.dice import dice_ce, reference
 
 Contestant = tuple[Callable[[], object], torch.dtype]  # what is timed, and what its floor is counted in
@@ -317,7 +317,7 @@ def main() -> None:
     if args.json:
         arguments = {name: str(value) for name, value in vars(args).items()}
         result = dict(arguments=arguments, environment=record.environment(args.device), rows=rows)
-        data.write(args.json, json.dumps(result, indent=1))
+        write(args.json, json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""The frame of every command line here: mistakes are one line, and the flags are the fields of a dataclass."""
+"""The frame of every command line here: mistakes are one line, flags are the fields of a dataclass, and a file is
+written whole or not at all."""
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -39,6 +43,35 @@ def cli(main: Callable[[], int | None]) -> int:
         line, status = "; ".join(["stopped", *stop.args]), 128 + signals[-1]
     print(*line.splitlines(), file=sys.stderr)  # a file's name may hold a line break
     return status
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Trouble in here is trouble with writing `path`, told in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror}); make room or choose another folder") from None
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Under another name until it is whole and on the disk: `path` never holds half a file."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        try:
+            partial.unlink(missing_ok=True)  # what a killed process left; a link there would lead elsewhere
+            with open(partial, "xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def flag(default, help: str, choices: tuple | None = None):

@@ -15,7 +15,6 @@ A training image without a label file is an unlabeled case. An all-zero label is
     python data.py check FOLDER        everything that is wrong with it, a line each
 """
 
-import contextlib
 import gzip
 import hashlib
 import json
@@ -38,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import devices
-from cli import BadInput, Parser, cli
+from cli import BadInput, Parser, cli, write
 
 
 @dataclass
@@ -303,29 +302,6 @@ def write_label(path: str | Path, label, affine: np.ndarray) -> None:
     """uint8 NIfTI with the given affine; atomic like every `write`."""
     content = nib.Nifti1Image(np.asarray(label, dtype=np.uint8), affine).to_bytes()
     write(Path(path), gzip.compress(content, 6, mtime=0) if str(path).endswith(".gz") else content)
-
-
-@contextlib.contextmanager
-def writing(path: Path):
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror}); make room or choose another folder") from None
-
-
-def write(path: Path, content: bytes | str) -> None:
-    """Under another name until it is whole and on the disk: `path` never holds half a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        try:
-            partial.unlink(missing_ok=True)  # what a killed process left; a link there would lead elsewhere
-            with open(partial, "xb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 # ---- a folder of cases -------------------------------------------------------------------------------------

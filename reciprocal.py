@@ -33,7 +33,7 @@ import devices
 import metrics
 import record
 from baselines import METHODS, descend, gradients_of, named_loss, supervised_step, update
-from cli import BadInput, Parser, add_flags, cli, flag
+from cli import BadInput, Parser, add_flags, cli, flag, make_folder
 from data import PRESETS
 
 NETWORKS = ("student", "teacher")  # those that segment
@@ -480,7 +480,7 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
     Test cases take the patch and stride of the Config, the many transductive ones quick windows."""
     device, rows = next(nets["student"].parameters()).device, []
     for name, cases in (("test", dataset.test), ("transductive", dataset.scored("transductive"))):
-        record.make_folder(run / record.PREDICTED[name])
+        make_folder(run / record.PREDICTED[name])
         scores: list[list[dict]] = []  # a list a case
         for case in tqdm(devices.mine(cases), f"{name} cases", disable=QUIET):
             case, spacing = case.to(device), case.spacing if cfg.spacing == "mm" else None
@@ -581,7 +581,7 @@ def predict(arguments: list[str]) -> None:
     images = data.find_images(source)
     if any((target / f"{name}.nii.gz").resolve() == path.resolve() for name, paths in images.items() for path in paths):
         raise BadInput(f"-o {target}: predictions would overwrite the images there; choose another folder")
-    record.make_folder(target)
+    make_folder(target)
     failed = []
     for name, paths in tqdm(images.items(), "predicting", disable=QUIET):
         try:

@@ -19,7 +19,7 @@ import data
 import devices
 import report
 import stats
-from cli import BadInput
+from cli import BadInput, make_folder, write, writing
 
 try:
     import fcntl
@@ -40,16 +40,11 @@ def new_run(config: dict) -> Path:
     return run
 
 
-def make_folder(path: Path) -> None:
-    with data.writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
 @contextlib.contextmanager
 def occupied(run: Path):
     """A run's folder for this process alone: the kernel gives it back when the process ends, however it ends. Who is
     stopped in here is told how to go on."""
-    with data.writing(run / ".lock"):
+    with writing(run / ".lock"):
         file = open(run / ".lock", "w")  # noqa: SIM115  closed below
     with file:
         try:
@@ -93,7 +88,7 @@ def describe(run: Path, config: dict, dataset: data.Dataset, device: torch.devic
     if before.exists() and before.read_bytes() != json.dumps(cases, indent=1).encode():
         raise BadInput(f"{before}: the data set has other cases now; bring back those of this file, or start a new run")
     for name, content in (("config", config), ("cases", cases), ("environment", environment(device))):
-        data.write(run / f"{name}.json", json.dumps(content, indent=1))
+        write(run / f"{name}.json", json.dumps(content, indent=1))
 
 
 def environment(device: torch.device) -> dict:
@@ -130,7 +125,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
     torch.save(content, buffer)
     archive = buffer.getvalue()
     digest = hashlib.sha256(archive).hexdigest().encode()
-    data.write(path, archive[:-2] + len(digest).to_bytes(2, "little") + digest)
+    write(path, archive[:-2] + len(digest).to_bytes(2, "little") + digest)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -187,11 +182,11 @@ def rewind_log(path: Path, stages: list[str], saved: dict | None) -> None:
             entry = json.loads(line)
             if line.endswith("\n") and (stages.index(entry["stage"]), entry["iteration"]) <= reached:
                 kept.append(line)
-    data.write(path, "".join(kept))
+    write(path, "".join(kept))
 
 
 def append_log(path: Path, lines: list[dict]) -> None:
-    with data.writing(path), open(path, "a") as log:
+    with writing(path), open(path, "a") as log:
         log.writelines(json.dumps(line) + "\n" for line in lines)
         log.flush()
         os.fsync(log.fileno())  # before the checkpoint that is past these lines
@@ -262,10 +257,10 @@ def conclude(config: dict, dataset: data.Dataset, rows: list[dict], run: Path) -
     summary = dict(config=config, counts=counts, synthetic=config["data"] == "phantom", iterations=iterations,
                    cases=json.loads((run / "cases.json").read_text()), scores=scores)
     summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)  # JSON has no NaN
-    data.write(run / "summary.json", json.dumps(summary, indent=1))
-    data.write(run / "curves.png", report.curves(run / "log.jsonl", title(config)))
+    write(run / "summary.json", json.dumps(summary, indent=1))
+    write(run / "curves.png", report.curves(run / "log.jsonl", title(config)))
     if shown := panels(dataset, rows, run):
-        data.write(run / "overlay.png", report.overlay(shown, title(config)))
+        write(run / "overlay.png", report.overlay(shown, title(config)))
     print(f"\n{title(config)}: {counts}")
     if scores:
         stats.write_csv(run / "metrics.csv", rows)

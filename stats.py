@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 import report
-from cli import BadInput, Parser
-from data import PRESETS, RECIPES, write
+from cli import BadInput, Parser, write
+from data import PRESETS, RECIPES
 
 OVERLAPS, DISTANCES = ("dice", "jaccard"), ("asd", "assd", "hd95")
 METRICS = OVERLAPS + DISTANCES
