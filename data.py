@@ -32,12 +32,12 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from tqdm import tqdm
 
 import devices
 from cli import BadInput, Parser, cli, write
+from phantom import scan
 
 
 @dataclass
@@ -447,30 +447,10 @@ def check(folder: str | Path) -> tuple[list[str], str]:
     return faults + notes, f"{found}; classes {', '.join(found.classes)}; shapes {spans[0]}; spacings {spans[1]} mm"
 
 
-# ---- the embedded data set ---------------------------------------------------------------------------------
-
 def phantom(n: int) -> list[Case]:
-    """n synthetic labeled scans, always the same, z-scored: an organ of two warped ellipsoids among distractors of
-    its intensity, under a bias field and noise, so that few labels leave something to learn."""
-    cases = []
-    for i in range(n):
-        rng = np.random.default_rng([2023, i])
-        shape = rng.integers((38, 38, 34), (45, 45, 41))
-        fields = [gaussian_filter(rng.standard_normal(shape), sigma) for sigma in (5, 5, 5, 3, 12)]
-        *warp, texture, bias = (f / f.std() for f in fields)
-        grid = np.stack(np.indices(shape), -1) / shape * 2 - 1 + 0.1 * np.stack(warp, -1)  # (D, H, W, 3)
-        centers, radii = rng.uniform(-0.9, 0.9, (8, 3)), rng.uniform(0.12, 0.28, (8, 3))
-        centers[0], radii[0] = rng.uniform(-0.25, 0.25, 3), rng.uniform(0.3, 0.45, 3)
-        centers[1], radii[1] = centers[0] + rng.uniform(-0.35, 0.35, 3), rng.uniform(0.2, 0.35, 3)
-        first, second, *others = ((((grid - c) / r) ** 2).sum(-1) < 1 for c, r in zip(centers, radii, strict=True))
-        image, label = 80 + 12 * texture, first | second
-        for other in others:
-            image[other] = rng.uniform(105, 150)
-        image[label] = 125
-        image = gaussian_filter(image, 0.7) * (1 + 0.15 * bias) + 14 * rng.standard_normal(shape)
-        image, name = image.clip(0, 255).round().astype(np.uint8)[None], f"phantom_{i:02d}"
-        cases.append(make_case(name, image, label, (1.0, 1.0, 1.0), np.eye(4), "zscore", None, name))
-    return cases
+    """n synthetic labeled scans, always the same, z-scored."""
+    return [make_case(name, image[None], label, (1.0, 1.0, 1.0), np.eye(4), "zscore", None, name)
+            for name, image, label in map(scan, range(n))]
 
 
 def main() -> int:
