@@ -223,12 +223,14 @@ class Method:
     unlabeled: bool = True  # takes batch_u unlabeled patches; else labeled ones in their place
     dropout: bool = False  # needs dropout in its V-Nets, whatever the Config says
     maps: bool = False  # its V-Nets have a signed distance map for each foreground class
+    patch: int = 1  # voxels a side that a patch has at least
 
 
 METHODS = {
     "supervised": Method(supervised_step, ("student",), unlabeled=False),
     "mt": Method(mt_step),
     "uamt": Method(uamt_step, dropout=True),
-    "sassnet": Method(sassnet_step, ("student", "discriminator"), {"discriminator": Discriminator}, maps=True),
+    "sassnet": Method(sassnet_step, ("student", "discriminator"), {"discriminator": Discriminator}, maps=True,
+                      patch=16),  # the discriminator halves it four times
     "tcsm": Method(tcsm_step),
 }

@@ -104,10 +104,9 @@ class Config:
         positive = ("batch_l", "batch_u", "filters", "windows", "lr_step", "log_every", "eval_every", "save_every")
         low = [name for name in ("iterations", "pretrain", "eval_cases", "seed", "noise", "depth", *positive)
                if getattr(self, name) < (name in positive)]
-        side = 2**self.depth
         if low:
             raise BadInput(f"--{low[0].replace('_', '-')} {getattr(self, low[0])}: too low")
-        least = max(side, 16 * (self.method == "sassnet"))  # its discriminator halves the patch four times
+        side, least = 2**self.depth, max(2**self.depth, getattr(METHODS.get(self.method), "patch", 1))
         if any(p % side or p < least for p in self.patch):
             raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
                            f"2 ** depth, and at least {least}; choose such sides or a smaller --depth")
@@ -240,18 +239,17 @@ def exam(net: nn.Module, dropout: bool = True):
     """An exam teaches nothing: batch statistics normalize as in training, but leave no trace in the running ones.
     Two exams are compared without dropout, or its chance would be all their difference."""
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
-            norm.momentum = 0.0
+            norm.track_running_stats = False
         for module in net.modules():
             if isinstance(module, nn.Dropout3d):
                 module.train(dropout)
         yield
     finally:
         net.train()
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 # ---- inference ----------------------------------------------------------------------------------------------------
@@ -443,13 +441,13 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
                 lines.append(dict(stage=stage.name, iteration=done, dice=dice))
             if devices.RANK == 0:
                 record.append_log(run / "log.jsonl", lines)
-            text = record.progress(lines)
-            bar.set_postfix_str(text)
-            if QUIET and ("eval" in due or done % (cfg.log_every * 20) == 0):
-                print(f"{stage.name} {done}/{stage.iterations}  {text}", flush=True)
-            if "save" in due and devices.RANK == 0:
-                record.save(run / "checkpoint.pt", asdict(cfg), dataset, nets, stage=number, iteration=done,
-                            optimizers=[optimizer.state_dict() for optimizer in optimizers])
+                text = record.progress(lines)
+                bar.set_postfix_str(text)
+                if QUIET and ("eval" in due or done % (cfg.log_every * 20) == 0):
+                    print(f"{stage.name} {done}/{stage.iterations}  {text}", flush=True)
+                if "save" in due:
+                    record.save(run / "checkpoint.pt", asdict(cfg), dataset, nets, stage=number, iteration=done,
+                                optimizers=[optimizer.state_dict() for optimizer in optimizers])
             if halt:
                 return
 

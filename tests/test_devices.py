@@ -90,8 +90,8 @@ RUN = """
                 mean, square = all_reduce(mean) / devices.WORLD, all_reduce(square) / devices.WORLD
             var, n = square - mean**2, x.numel() // x.shape[1] * devices.WORLD
             with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * n / (n - 1), self.momentum)
+                self.running_mean.lerp_(mean, self.momentum * self.track_running_stats)
+                self.running_var.lerp_(var * n / (n - 1), self.momentum * self.track_running_stats)
             scale = self.weight * (var + self.eps).rsqrt()
             return (x - mean[:, None, None, None]) * scale[:, None, None, None] + self.bias[:, None, None, None]
 
@@ -118,6 +118,7 @@ def test_a_run_of_two_ranks_is_that_of_one(tmp_path):
     start = time.monotonic()
     dead = torchrun(tmp_path, 2, RUN, *arguments, "--out", tmp_path / "dead", "--die")
     assert dead.returncode and time.monotonic() - start < 120
+    assert "--resume" in dead.stderr  # in the line of the rank that is left
     assert record.load_checkpoint(tmp_path / "dead")["iteration"] == 2
     resumed = torchrun(tmp_path, 1, RUN, "--resume", tmp_path / "dead")
     assert resumed.returncode == 0, resumed.stderr
