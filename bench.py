@@ -20,6 +20,7 @@ The floor of `dice` is the fewest bytes (kernels/dice.py counts them) at the spe
 
 import argparse
 import copy
+import functools
 import importlib.util
 import json
 import math
@@ -177,19 +178,14 @@ def infer(args) -> list[dict]:
                                 amp=AMP[dtype]).check()
         return lambda: reciprocal.predict_label(ours, image.to(args.device), cfg).cpu().numpy(), dtype
 
-    def theirs() -> np.ndarray:
-        return peers.authors_segment(plain, image.numpy(), args.patch, args.stride)
-
+    theirs = functools.partial(peers.authors_segment, plain, image.numpy(), args.patch, args.stride)
     several = reciprocal.Config.windows
     contestants = {"authors' loop": (lambda: theirs().argmax(0), torch.float32), "ours, 1 window": segment(1),
                    f"ours, {several} windows": segment(several)}
     if args.device.type == "cuda":
         contestants[f"ours, {several} windows, bf16"] = segment(several, torch.bfloat16)
     if installed("monai"):
-        def monai() -> np.ndarray:
-            x = image[None].to(args.device)
-            return peers.monai_segment(plain, x, args.patch, args.stride, several)[0].argmax(0).cpu().numpy()
-
+        monai = functools.partial(peers.monai_segment, plain, image, args.patch, args.stride, several)
         contestants[f"MONAI, {several} windows"] = monai, torch.float32
     with FlopCounterMode(display=False) as counter:
         expected = theirs()
@@ -257,24 +253,18 @@ def blobs(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def surface(args) -> list[dict]:
-    prediction, label = blobs(tuple(args.patch))
-    contestants = {"SciPy distance transform on the box": lambda: peers.by_scipy(prediction, label),
-                   "ours, CPU": lambda: metrics.score(prediction, label)}
-    if installed("medpy"):
-        contestants = {"MedPy": lambda: peers.by_medpy(prediction, label)} | contestants
-    if args.device.type == "cuda":
-        there = [torch.from_numpy(mask).to(args.device) for mask in (prediction, label)]
-        contestants["ours, GPU"] = lambda: metrics.score(*there)
-        if installed("cupy"):
-            import cupy
-
-            masks = [cupy.asarray(mask) for mask in (prediction, label)]
-            contestants["CuPy distance transform"] = lambda: peers.by_cupy(*masks)
-        if installed("distorch"):
-            from distorch.metrics import boundary_metrics
-
-            contestants["DisTorch (percentiles not pooled)"] = lambda: boundary_metrics(*(m[None] for m in there))
-    expected = peers.by_scipy(prediction, label)
+    masks = blobs(tuple(args.patch))
+    there = [torch.from_numpy(mask).to(args.device) for mask in masks]
+    pairs = {"cpu": masks, "cuda": there}
+    contestants = {name: functools.partial(function, *pairs[where]) for name, package, function, where in (
+        ("MedPy", "medpy", peers.by_medpy, "cpu"),
+        ("SciPy distance transform on the box", "scipy", peers.by_scipy, "cpu"),
+        ("ours, CPU", "scipy", metrics.score, "cpu"),
+        ("ours, GPU", "triton", metrics.score, "cuda"),
+        ("CuPy distance transform", "cupy", peers.by_cupy, "cuda"),
+        ("DisTorch (percentiles not pooled)", "distorch", peers.by_distorch, "cuda"),
+    ) if installed(package) and where in ("cpu", args.device.type)}
+    expected = peers.by_scipy(*masks)
     for name, call in contestants.items():
         if "DisTorch" not in name and any(not abs(call()[key] - value) <= 1e-9 for key, value in expected.items()):
             raise BadInput(f"{name}: another distance than SciPy's; nothing is timed")

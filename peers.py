@@ -50,12 +50,14 @@ def authors_segment(net, image: np.ndarray, patch, stride) -> np.ndarray:
 
 
 @torch.no_grad()
-def monai_segment(net, image: torch.Tensor, patch, stride, windows: int) -> torch.Tensor:
-    """MONAI's sliding windows: image (1, C, D, H, W) to class probabilities."""
+def monai_segment(net, image: torch.Tensor, patch, stride, windows: int) -> np.ndarray:
+    """MONAI's sliding windows: image (C, D, H, W) on the host to labels (D, H, W) there."""
     from monai.inferers import sliding_window_inference
 
     overlap = [1 - (s + 0.5) / p for s, p in zip(stride, patch, strict=True)]  # MONAI rounds the stride down
-    return sliding_window_inference(image, patch, windows, lambda x: net(x).softmax(1), overlap)
+    x = image[None].to(net.head.weight.device)
+    probs = sliding_window_inference(x, patch, windows, lambda x: net(x).softmax(1), overlap)
+    return probs[0].argmax(0).cpu().numpy()
 
 
 def eager_loss(logits, label):
@@ -91,10 +93,16 @@ def by_scipy(prediction, label) -> dict:
     return dict(asd=there.mean(), hd95=np.percentile(np.concatenate([there, back]), 95))
 
 
-def by_cupy(prediction, label) -> dict:
+def by_cupy(prediction: torch.Tensor, label: torch.Tensor) -> dict:
     import cupy
     from cupyx.scipy import ndimage as gpu
 
-    surfaces = [mask & ~gpu.binary_erosion(mask) for mask in (prediction, label)]
+    surfaces = [mask & ~gpu.binary_erosion(mask) for mask in map(cupy.asarray, (prediction, label))]
     near = [gpu.distance_transform_edt(~b)[a] for a, b in (surfaces, surfaces[::-1])]
     return dict(asd=float(near[0].mean()), hd95=float(cupy.percentile(cupy.concatenate(near), 95)))
+
+
+def by_distorch(prediction: torch.Tensor, label: torch.Tensor):
+    from distorch.metrics import boundary_metrics
+
+    return boundary_metrics(prediction[None], label[None])
