@@ -27,13 +27,24 @@ if [ "${1:-}" = test ]; then
     exec .venv/bin/python -m pytest "${@:2}"
 fi
 if [ "${1:-}" = compare ]; then
-    out=${2:?give a folder for the runs: ./train.sh compare OUT [arguments]}
+    [ $# -gt 1 ] || { echo "error: give a folder for the runs: ./train.sh compare OUT [arguments]" >&2; exit 2; }
+    out=$2
     # The paper's student is not pre-trained: it takes these iterations as reciprocal ones.
-    iterations=$(.venv/bin/python -c 'import reciprocal, sys
-flags = vars(reciprocal.train_parser().parse_args(sys.argv[1:]))
-flags.pop("resume")
-cfg = reciprocal.configure(flags)
-print(cfg.iterations + cfg.pretrain)' "${@:3}")
+    iterations=$(.venv/bin/python - "${@:3}" <<'PYTHON'
+import sys
+
+import reciprocal
+from cli import cli
+
+def iterations():
+    flags = vars(reciprocal.train_parser().parse_args(sys.argv[1:]))
+    flags.pop("resume")
+    cfg = reciprocal.configure(flags)
+    print(cfg.iterations + cfg.pretrain)
+
+sys.exit(cli(iterations))
+PYTHON
+    )
     for seed in ${SEEDS:-1 2 3}; do
         while read -r name flags; do
             run=$out/$name-seed$seed

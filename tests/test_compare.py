@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import reciprocal
 import stats
 from data import BadInput, cli
 
+ROOT = Path(__file__).parents[1]
 FIELDS = ("set", "network", "case", "class", *stats.METRICS, "failure")
 DICE = np.array([[0.81, 0.72, 0.93, 0.64, 0.85, 0.76, 0.57, 0.88], [0.80, 0.75, 0.91, 0.66, 0.83, 0.79, 0.52, 0.84]])
 
@@ -292,12 +294,24 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys):
         stats.compare([run(DICE[0]), run(DICE[0], data="la")])
 
 
+@pytest.mark.skipif(not (ROOT / ".venv/installed").exists(), reason="./train.sh would install its environment first")
+@pytest.mark.parametrize("arguments, message", [
+    ([], "give a folder for the runs"), (["OUT", "--patches", "3"], "--patches"),
+    (["OUT", "--patch", "3", "3", "3"], "each side must be a multiple of")])
+def test_the_script_refuses_in_one_line_before_the_first_run(tmp_path, arguments, message):
+    arguments = [str(tmp_path / word) if word == "OUT" else word for word in arguments]
+    done = subprocess.run([ROOT / "train.sh", "compare", *arguments], text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("labeled,folder", [(8, "hippocampus-0.05"), (16, "hippocampus-0.1")])
 def test_the_kept_runs_print_the_table_of_the_readme(monkeypatch, capsys, labeled, folder):
-    runs = sorted((Path(__file__).parents[1] / "results" / folder).glob("*-seed?"))
+    runs = sorted((ROOT / "results" / folder).glob("*-seed?"))
     status, out, error = call(monkeypatch, capsys, *runs)
     assert status == 0, error
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     for line in out.splitlines():
         if match := re.match(rf"(\S.*?)  +{labeled} +{160 - labeled} +40 +3 .*?([\d.]+ ± [\d.]+) \[", line):
             assert any(match[1] in row and match[2] in row for row in readme.splitlines()), line
