@@ -1,4 +1,4 @@
-"""Where a run computes: its device, precision and compiler, and the ranks of torchrun on several GPUs.
+"""Where a run computes: its device, precision, layout and compiler, and the ranks of torchrun on several GPUs.
 
     torchrun --nproc-per-node 2 reciprocal.py --data la --labeled 0.2
 """
@@ -56,6 +56,26 @@ def convolves(amp: str, device: torch.device) -> bool:
     with autocast(amp, device):
         found = nn.functional.conv3d(x, weight, padding=1).float()
     return bool((found - expected).norm() < 0.02 * expected.norm())  # 8 bits: 0.003
+
+
+class Norm(nn.BatchNorm3d):
+    """BatchNorm3d, bit for bit, by a 4-D view on GPUs, where channels_last has no fast kernel in 5-D."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Either rank will do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(2, 3)).unflatten(2, x.shape[2:4]) if x.is_cuda else super().forward(x)
+
+
+class Pointwise(nn.Conv3d):
+    """A convolution of 1x1x1; in channels_last as the matrix product that it is. On one CPU thread PyTorch's own leaves
+    that layout, and what comes before it is the slower for that, forward and back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_contiguous(memory_format=torch.channels_last_3d) and not torch.compiler.is_compiling():
+            return nn.functional.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+        return super().forward(x)
 
 
 def compile_all(nets: list[nn.Module], shape: tuple[int, ...], amp: str) -> None:

@@ -149,6 +149,21 @@ def test_bf16_convolutions_are_checked(monkeypatch):
     assert devices.convolves("off", cpu) and not devices.convolves("bf16", cpu)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_pointwise_is_the_convolution_and_keeps_the_layout(memory_format):
+    torch.manual_seed(0)
+    ours, plain = devices.Pointwise(5, 3, 1), torch.nn.Conv3d(5, 3, 1)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 6, 4, 7).contiguous(memory_format=memory_format).requires_grad_()
+    found, expected = ours(x), plain(x)
+    assert found.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(found, expected)
+    grad_output = torch.randn_like(expected)
+    for one, other in zip(*(torch.autograd.grad(out, (x, *net.parameters()), grad_output)
+                            for out, net in ((found, ours), (expected, plain))), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_compiler_that_fails_is_left_out_before_the_first_step(monkeypatch, tmp_path, capsys):
     def missing(*_, **__):
         raise RuntimeError("no compiler here\nand a long story")
