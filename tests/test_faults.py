@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shlex
 import signal
@@ -27,6 +28,7 @@ import numpy as np
 import pytest
 import torch
 from test_data import SHAPE, content, header, mask, nnunet, save, scan
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import kernels.dice
@@ -790,6 +792,34 @@ def test_a_seed_gives_the_same_weights_twice(folder, straight, no_report, tmp_pa
     assert_same_run(tmp_path / "again", straight())
     nets = [record.load_checkpoint(run)["nets"] for run in (straight(), tmp_path / "other", tmp_path / "deterministic")]
     assert not same(nets[0], nets[1]) and same(nets[0], nets[2])
+
+
+class Raising(TorchDispatchMode):
+    """The operations met that torch.use_deterministic_algorithms forbids on CUDA, as its documentation lists them."""
+
+    LIST = re.compile("_?(adaptive_)?avg_pool[23]d_backward|adaptive_max_pool2d_backward|fractional_max_pool|"
+                      "max_unpool|upsample_.*_backward|reflection_pad.d_backward|nll_loss2d|_ctc_loss_backward|"
+                      "_embedding_bag|put_?$|histc|bincount|median|grid_sampler_.*_backward|scatter_reduce")
+
+    def __torch_dispatch__(self, operation, types, arguments=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        self.met |= {name} if self.LIST.match(name) or name == "cumsum" and arguments[0].is_floating_point() else set()
+        return operation(*arguments, **kwargs or {})
+
+
+@pytest.mark.parametrize("method", ["reciprocal", *METHODS])
+def test_no_operation_of_a_step_is_forbidden_to_deterministic_cuda(method, folder, no_report, tmp_path, monkeypatch):
+    """With the loss by its kernels, as on CUDA. The step of a method that pools would be found."""
+    monkeypatch.setattr(kernels.dice, "INTERPRETED", True)
+    with Raising() as raising:
+        raising.met = set()
+        torch.nn.AvgPool3d(2)(torch.zeros(1, 1, 2, 2, 2, requires_grad=True)).sum().backward()
+        assert raising.met == {"avg_pool3d_backward"}
+        raising.met = set()
+        flags = ["--method", method, "--iterations", 2, "--pretrain", 1, "--feedback", "shuffled"]
+        flags += ["--patch", 16, 16, 16] * (method == "sassnet")
+        assert cli("--data", folder, "--labeled", 3, "--out", tmp_path / "run", *SMALL, *flags) == 0
+    assert not raising.met
 
 
 @pytest.mark.gpu
