@@ -69,11 +69,12 @@ class Norm(nn.BatchNorm3d):
 
 
 class Pointwise(nn.Conv3d):
-    """A convolution of 1x1x1; in channels_last as the matrix product that it is. On one CPU thread PyTorch's own leaves
-    that layout, and what comes before it is the slower for that, forward and back."""
+    """A convolution of 1x1x1, on a CPU in channels_last as the matrix product that it is: with one thread PyTorch's own
+    leaves that layout, and what comes before it is the slower for that, forward and back. (Compiled, it does not.)"""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_contiguous(memory_format=torch.channels_last_3d) and not torch.compiler.is_compiling():
+        layout = x.is_cpu and x.is_contiguous(memory_format=torch.channels_last_3d)
+        if layout and not torch.compiler.is_compiling():
             return nn.functional.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
         return super().forward(x)
 
