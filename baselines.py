@@ -97,7 +97,8 @@ def uamt_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
             mean = sum(teacher(noisy(batch["x_u"])).softmax(1) for _ in range(8)) / 8
             certain = entropy(mean) < (0.75 + 0.25 * ramp(batch)) * math.log(mean.shape[1])  # (B_u, 1, D, H, W)
         square = (probs[-len(target) :] - target) ** 2
-        return (certain * square).sum() / (mean.shape[1] * certain.sum() + 1e-16)
+        (voxels,) = devices.average([certain.sum().float()])  # of all ranks
+        return (certain * square).sum() / (mean.shape[1] * voxels + 1e-16)
 
     return averaged_step(nets, optimizers, batch, cfg, consistency)
 

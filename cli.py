@@ -35,8 +35,10 @@ def cli(main: Callable[[], int | None]) -> int:
     signal.signal(signal.SIGTERM, terminate)
     try:
         return main() or 0
-    except torch.OutOfMemoryError:
-        line, status = "error: out of GPU memory; lower --patch, --batch-l, --batch-u or --windows", 2
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
+            raise
+        line, status = "error: out of memory; lower --patch, --batch-l, --batch-u or --windows", 2
     except (BadInput, OSError) as error:
         line, status = f"error: {error}", 2
     except KeyboardInterrupt as stop:

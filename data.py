@@ -128,8 +128,8 @@ def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, s
     where not `labeled`.
 
     Every random number comes from (seed, stream, iteration, sample) alone: neither resuming nor the order of
-    calls changes anything; `stream` keeps the uses apart. Cases come without replacement within an epoch, a
-    crop starts at any valid offset, and a volume smaller than the patch is centered in zeros.
+    calls changes anything; `stream` keeps the uses apart. Cases come without replacement within an epoch of
+    whole batches, a crop starts at any valid offset, and a volume smaller than the patch is centered in zeros.
 
     augment: "rotflip", the left-atrium literature's rot90 of the first two axes and a flip of one of them;
     "flip", each axis with probability 0.5; "none". noise: standard deviation of Gaussian noise on the
@@ -146,10 +146,10 @@ def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, s
 
 def chosen(cases: list[Case], n: int, *, seed: int, stream: int, iteration: int) -> list[Case]:
     """The case of each patch that `draw` draws."""
-    places = [divmod(iteration * n + sample, len(cases)) for sample in range(n)]
+    epoch, batch = divmod(iteration, max(1, len(cases) // n))  # a batch across two epochs could hold a case twice
     # numpy pads a short seed with zeros: the last entry, 0 here and 1 up in `draw`, keeps the generators apart
-    return [cases[np.random.default_rng([seed, stream, epoch, 0]).permutation(len(cases))[position]]
-            for epoch, position in places]
+    order = np.random.default_rng([seed, stream, epoch, 0]).permutation(len(cases))
+    return [cases[order[(batch * n + sample) % len(cases)]] for sample in range(n)]
 
 
 def _patch(case, patch, rng, augment, noise, labeled, device) -> tuple[Tensor, Tensor | None]:

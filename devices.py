@@ -6,6 +6,7 @@
 import contextlib
 import copy
 import os
+import re
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -24,10 +25,12 @@ RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in
 def settle(name: str, amp: str = "off", deterministic: bool = False) -> torch.device:
     """The device of a flag, ready to compute; BadInput where it is not there, or convolves wrongly in bf16."""
     if name == "auto":
-        name = f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{LOCAL}" if name == "cuda" else name)
         torch.empty(1, device=device).tolist()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where the messages between ranks go through
     except (RuntimeError, AssertionError):
         raise BadInput(f"--device {name}: not available here; `--device cpu` always is") from None
     torch.use_deterministic_algorithms(deterministic)
@@ -59,13 +62,13 @@ def convolves(amp: str, device: torch.device) -> bool:
 
 
 class Norm(nn.BatchNorm3d):
-    """BatchNorm3d, bit for bit, by a 4-D view on GPUs, where channels_last has no fast kernel in 5-D."""
+    """BatchNorm3d, bit for bit, by a 4-D view: on GPUs channels_last has no fast kernel in 5-D."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Either rank will do."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(2, 3)).unflatten(2, x.shape[2:4]) if x.is_cuda else super().forward(x)
+        return super().forward(x.flatten(2, 3)).unflatten(2, x.shape[2:4])
 
 
 class Pointwise(nn.Conv3d):
@@ -99,19 +102,21 @@ def compile_all(nets: list[nn.Module], shape: tuple[int, ...], amp: str) -> None
 #
 # In a single process every function is the identity. A rank trains on its share of each batch; gradients are averaged
 # over the ranks before anything is made of them, and the Dice loss adds up the ranks' sums, so that any number of ranks
-# computes what one would. Random numbers belong to a sample and not to a rank, so a run may go on with another number
-# of ranks. (DistributedDataParallel averages in hooks of `backward`, which `torch.autograd.grad`, and so the feedback,
-# never calls: here the same all-reduce is explicit.)
+# computes what one would. A patch belongs to a sample and not to a rank, so a run may go on with another number of
+# ranks; dropout, and the noise and turns of the comparison methods, are each rank's own. (DistributedDataParallel
+# averages in hooks of `backward`, which `torch.autograd.grad`, and so the feedback, never calls: here the same
+# all-reduce is explicit.)
 
 @contextlib.contextmanager
 def company(device: torch.device):
     """Among the other ranks. That one of them is gone shows as an error of the next call to it."""
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=100))
+        patience = timedelta(hours=1)  # for a rank with one case more; the dead do not keep the others waiting
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield
     except RuntimeError as error:
-        if WORLD == 1 or not isinstance(error, dist.DistError) and "peer" not in str(error):
+        if WORLD == 1 or not (isinstance(error, dist.DistError) or re.search("peer|Timed out", str(error))):
             raise
         raise BadInput(f"rank {RANK}: another rank is gone; see what it said, and go on with --resume") from None
     finally:

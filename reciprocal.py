@@ -78,7 +78,7 @@ class Config:
     optimizer: str = flag("sgd", "SGD with momentum 0.9, or Adam; weight decay 1e-4", ("sgd", "adam"))
     lr: float = flag(0.01, "learning rate")
     schedule: str = flag("step", "lr * 0.1 every lr_step, or lr * (1 - t/T) ** 0.9", ("step", "poly"))
-    lr_step: int = flag(2500, "iterations between two steps of the schedule `step`")
+    lr_step: int = flag(2500, "iterations between two steps of the schedule `step`; longer in a longer stage")
     augment: str = flag("rotflip", "rot90 and one flip in the plane; a flip of each axis; none",
                         ("rotflip", "flip", "none"))
     noise: float = flag(0.0, "standard deviation of Gaussian noise on the patches")
@@ -104,7 +104,7 @@ class Config:
         """Itself, or BadInput on values that no run can have."""
         positive = ("batch_l", "batch_u", "filters", "windows", "lr_step", "log_every", "eval_every", "save_every")
         low = [name for name in ("iterations", "pretrain", "eval_cases", "seed", "noise", "depth", *positive)
-               if getattr(self, name) < (name in positive)]
+               if not getattr(self, name) >= (name in positive)]  # nor NaN
         if low:
             raise BadInput(f"--{low[0].replace('_', '-')} {getattr(self, low[0])}: too low")
         side, least = 2**self.depth, max(2**self.depth, getattr(METHODS.get(self.method), "patch", 1))
@@ -142,7 +142,7 @@ class VNet(nn.Module):
             return nn.Sequential(*(unit(nn.Conv3d(i, after, 3, padding=1)) for i in ins))
 
         def unit(conv: nn.Module) -> nn.Sequential:
-            return nn.Sequential(conv, Norm(conv.out_channels), nn.ReLU(inplace=True))
+            return nn.Sequential(conv, Norm(conv.out_channels), nn.ReLU())
 
         pairs = list(itertools.pairwise(width))
         self.encoder = nn.ModuleList(map(block, convs, [channels] + width[1:], width))
@@ -209,7 +209,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
         g_l = gradients_of(loss_exam, s_weights)
         feedback = s_optimizer.param_groups[0]["lr"] * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
         if cfg.feedback == "shuffled":
-            feedback = feedback * (2 * torch.randint(2, (), device=feedback.device) - 1)
+            feedback = feedback * np.random.default_rng([cfg.seed, batch["iteration"]]).choice((-1.0, 1.0))
     elif cfg.feedback == "difference":
         feedback = loss_before - loss_exam
     else:
@@ -231,11 +231,11 @@ def exam(net: nn.Module, dropout: bool = True):
     Two exams are compared without dropout, or its chance would be all their difference."""
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     try:
-        for norm in norms:
-            norm.track_running_stats = False
         for module in net.modules():
             if isinstance(module, nn.Dropout3d):
                 module.train(dropout)
+        for norm in norms:
+            norm.track_running_stats = False
         yield
     finally:
         net.train()
@@ -280,15 +280,10 @@ def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, keep
     return total[(..., *(slice(a, a + n) for a, n in zip(low, image.shape[1:], strict=True)))]
 
 
-def predict_label(net: nn.Module, image: Tensor, cfg: Config, quick: bool = False) -> Tensor:
-    """The predicted classes (D, H, W) uint8 of one image (C, D, H, W), on its device; `quick` takes the fewest
-    windows, each as large as the volume and at most twice the patch a side."""
-    patch, stride, windows, side = cfg.patch, cfg.stride, cfg.windows, 2**cfg.depth
-    if quick:
-        patch = stride = tuple(min(-(-n // side) * side, 2 * p) for n, p in zip(image.shape[1:], patch, strict=True))
-        windows = 1
-    with devices.autocast(cfg.amp, image.device), torch.compiler.set_stance("force_eager"):  # each volume has its shape
-        probs = segment(net, image, patch, stride, windows)
+def predict_label(net: nn.Module, image: Tensor, cfg: Config) -> Tensor:
+    """The predicted classes (D, H, W) uint8 of one image (C, D, H, W), on its device."""
+    with devices.autocast(cfg.amp, image.device), torch.compiler.set_stance("force_eager"):  # the last batch is smaller
+        probs = segment(net, image, cfg.patch, cfg.stride, cfg.windows)
     label = probs.max(0).indices.to(image.device, torch.uint8)  # on a CPU argmax takes 50 times as long
     for value in range(1, len(probs)) if cfg.largest_component else ():
         parts, n = ndimage.label((label == value).cpu().numpy())
@@ -381,7 +376,8 @@ def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, it
 def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
     if cfg.schedule == "poly":
         return cfg.lr * (1 - iteration / iterations) ** 0.9
-    return cfg.lr * 0.1 ** (iteration // cfg.lr_step)
+    longer = max(1, iterations / max(cfg.iterations, 1))  # for a comparison method: one stage has all the iterations
+    return cfg.lr * 0.1 ** (iteration // (cfg.lr_step * longer))
 
 
 def make_optimizer(cfg: Config, net: nn.Module) -> Optimizer:
@@ -439,6 +435,8 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
                 if "save" in due:
                     record.save(run / "checkpoint.pt", asdict(cfg), dataset, nets, stage=number, iteration=done,
                                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
+            if halt and not stopped:  # another rank is
+                raise KeyboardInterrupt
             if halt:
                 return
 
@@ -446,14 +444,14 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
 # ---- the report ---------------------------------------------------------------------------------------------------
 
 def curve_point(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet]) -> dict[str, float]:
-    """Mean foreground Dice of each network on a few scored cases, with quick windows. It is looked at and never
+    """Mean foreground Dice of each network on a few scored cases, with windows side by side. It is looked at and never
     chosen by: the last checkpoint is the result."""
     cases = (dataset.scored("test") or dataset.scored("transductive"))[: cfg.eval_cases]
-    means = {}
+    means, cfg = {}, replace(cfg, stride=cfg.patch)
     for name, net in nets.items() if cases else ():
         device, dice = next(net.eval().parameters()).device, []
         for case in (case.to(device) for case in devices.mine(cases)):
-            label = predict_label(net, case.volume(), cfg, quick=True)
+            label = predict_label(net, case.volume(), cfg)
             dice.append([metrics.dice(label == value, case.label == value) for value in range(1, len(dataset.classes))])
         net.train()
         known = [value for case in devices.gather(dice) for value in case if value == value]
@@ -466,16 +464,17 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
     """Predict and score every case that training has not seen with its label, by student and teacher: rows of metrics.
     The student's predictions go to predictions/ (test) and transductive/.
 
-    Test cases take the patch and stride of the Config, the many transductive ones quick windows."""
+    Test cases take the stride of the Config, the many transductive ones windows side by side."""
     device, rows = next(nets["student"].parameters()).device, []
-    for name, cases in (("test", dataset.test), ("transductive", dataset.scored("transductive"))):
+    for name, cases, stride in (("test", dataset.test, cfg.stride),
+                                ("transductive", dataset.scored("transductive"), cfg.patch)):
         make_folder(run / record.PREDICTED[name])
         scores: list[list[dict]] = []  # a list a case
         for case in tqdm(devices.mine(cases), f"{name} cases", disable=QUIET):
             case, spacing = case.to(device), case.spacing if cfg.spacing == "mm" else None
             scores.append([])
             for network, net in nets.items() if case.label is not None else [("student", nets["student"])]:
-                label = predict_label(net.eval(), case.volume(), cfg, quick=name == "transductive")
+                label = predict_label(net.eval(), case.volume(), replace(cfg, stride=stride))
                 if case.label is not None:
                     found = metrics.score_classes(label, case.label, dataset.classes, spacing)
                     scores[-1] += [dict(set=name, network=network, case=case.name) | row for row in found]
@@ -489,8 +488,8 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
 # ---- the command line ---------------------------------------------------------------------------------------------
 
 # What may change when a run goes on: its length and where it runs, not what it computes.
-RESUMABLE = ("iterations", "device", "compile", "windows", "stride", "largest_component", "spacing", "log_every",
-             "save_every")
+RESUMABLE = ("root", "iterations", "device", "compile", "windows", "stride", "largest_component", "spacing",
+             "log_every", "save_every")
 
 
 def train_parser() -> Parser:
@@ -528,8 +527,12 @@ def main(arguments: list[str]) -> None:
             saved = record.load_progress(run, asdict(cfg), RESUMABLE)
             if saved and saved["iteration"] > stages(cfg)[saved["stage"]].iterations:
                 raise BadInput(f"--iterations {cfg.iterations}: the run is at {saved['iteration']} already")
+            if saved and saved["config"]["iterations"] != cfg.iterations:
+                print(f"It goes on as a run of {cfg.iterations} iterations would: learning rates and ramps may jump.")
         device = devices.settle(cfg.device, cfg.amp, cfg.deterministic)
         folder.enter_context(devices.company(device))
+        if cfg.sync_norm and devices.WORLD > 1 and device.type != "cuda":
+            raise BadInput("--sync-norm: on GPUs alone; leave it out")
 
         dataset = data.load(cfg.data, cfg.root, cfg.labeled, cfg.holdout, cfg.normalize, cfg.window).to(device)
         if cfg.method != "supervised" and not dataset.unlabeled:
@@ -545,7 +548,6 @@ def main(arguments: list[str]) -> None:
             devices.compile_all([net for net in nets.values() if isinstance(net, VNet)], shape, cfg.amp)
         with record.patience() as stopped:
             train(cfg, dataset, nets, run, saved, stopped)
-        torch.backends.cudnn.benchmark = False  # every volume has a shape of its own
         rows = test(cfg, dataset, {name: net for name, net in nets.items() if name in NETWORKS}, run)
         if devices.RANK == 0:
             record.save(run / "student.pt", asdict(cfg), dataset, {"student": nets["student"]})
@@ -570,6 +572,8 @@ def predict(arguments: list[str]) -> None:
     images = data.find_images(source)
     if any((target / f"{name}.nii.gz").resolve() == path.resolve() for name, paths in images.items() for path in paths):
         raise BadInput(f"-o {target}: predictions would overwrite the images there; choose another folder")
+    if target.name.endswith((".nii", ".nii.gz")):
+        raise BadInput(f"-o {target}: give the folder of the predictions; each is named as its image")
     make_folder(target)
     failed = []
     for name, paths in tqdm(images.items(), "predicting", disable=QUIET):

@@ -35,7 +35,7 @@ def new_run(config: dict) -> Path:
     numbered = (Path("runs", name + suffix) for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
     run = Path(config["out"]) if config["out"] else next(path for path in numbered if not path.exists())
     if any(run.glob("[!.]*")):  # a hidden file: of a process that was killed before it wrote any other
-        raise BadInput(f"--out {run}: in use; --resume {run} goes on with it, or choose another folder")
+        raise BadInput(f"--out {run}: in use; --resume {run} goes on with it, else remove it or choose another folder")
     make_folder(run)
     return run
 
@@ -159,8 +159,6 @@ def load_progress(run: Path, config: dict, may_change: tuple[str, ...]) -> dict 
     if others or not saved.keys() >= {"stage", "iteration", "optimizers"}:
         raise BadInput(f"{path}: of another run ({', '.join(others) or 'weights alone'}); bring back the one that was "
                        "there, or remove it to start from the beginning")
-    if saved["config"]["iterations"] != config["iterations"]:
-        print(f"It goes on as a run of {config['iterations']} iterations would: learning rates and ramps may jump.")
     return saved
 
 
@@ -203,7 +201,7 @@ def read_scalars(pending: list[dict]) -> list[dict]:
         if not np.isfinite(row).all():
             wrong = next(name for name in names if not np.isfinite(line[name]))
             raise BadInput(f"{line['stage']}, iteration {line['iteration']}: {wrong} is not finite, in patches of "
-                           f"{cases}; lower --lr or look at these cases (the last checkpoint is from before)")
+                           f"{cases}; lower --lr or look at these cases (a checkpoint is from before)")
     return lines
 
 
@@ -267,4 +265,4 @@ def conclude(config: dict, dataset: data.Dataset, rows: list[dict], run: Path) -
         print(stats.table(scores + lower_bounds(summary, run), config["spacing"]))
     else:
         print("No case with a label to score: predictions only.")
-    print(f"\n{run}: predictions/, metrics.csv, curves.png, overlay.png, student.pt")
+    print(f"\n{run}: {', '.join(sorted(path.name + '/' * path.is_dir() for path in run.glob('[!.]*')))}")

@@ -87,6 +87,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 IDLE = {"seed", "out", "root", "device", "compile", "windows", "deterministic", "log_every", "eval_every", "eval_cases",
         "save_every"}  # fmt: skip
 UNUSED = {"preset", "loss", "lesson", "student_start", "feedback", "teacher_from", "iterations", "pretrain", "budget"}
+OWN = UNUSED | {"method", "labeled"}
 PAIRS = 6  # of 5 pairs the smallest two-sided p of Wilcoxon's test is 2 / 2**5, above 0.05
 
 
@@ -111,8 +112,9 @@ def compare(runs: list[Path], reference: str = "", network: str = "student", par
                                    ("training cases at the same --labeled", peer, "compare runs with one split")):
             if run[key] != other[key]:
                 raise BadInput(f"{run['run']}: other {key} than {other['run']}; leave it out, or {remedy}")
-        alike = [other["changes"] for other in read if other["kind"] == run["kind"]]
-        changes = [f", {k} {v}" for k, v in run["changes"].items() if any(other.get(k) != v for other in alike)]
+        # what sets methods apart is looked for among runs of one method, any other setting among all
+        changes = [f", {k} {v}" for k, v in run["changes"].items() if k == "feedback" or any(
+            other["changes"].get(k) != v for other in read if k not in OWN or other["kind"] == run["kind"])]
         group = methods.setdefault(run["kind"] + "".join(changes), {})
         if (other := group.setdefault(run["seed"], run)) is not run:
             raise BadInput(f"{run['run']}: the method and the seed of {other['run']} again; leave one of them out")

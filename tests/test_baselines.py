@@ -287,18 +287,19 @@ def test_maps_are_for_training_alone():
 
 
 def test_shuffled_feedback_has_the_scalar_s_magnitude_and_either_sign():
-    def feedback(kind, seed):
+    def feedback(kind, iteration, rank=0):
         torch.manual_seed(0)
         cfg = replace(Config(), feedback=kind, filters=2, depth=1, dropout=False)
         nets = [reciprocal.VNet(1, 2, 2, 1).train() for _ in range(2)]
         batch = {f"x_{part}": torch.randn(1, 1, 4, 4, 4) for part in "lus"}
-        batch |= {f"y_{part}": torch.randint(2, (1, 4, 4, 4)) for part in "ls"}
-        torch.manual_seed(seed)
+        batch |= {f"y_{part}": torch.randint(2, (1, 4, 4, 4)) for part in "ls"} | {"iteration": iteration}
+        torch.manual_seed(rank)
         optimizers = [reciprocal.make_optimizer(cfg, net) for net in nets]
         return reciprocal.reciprocal_step(nets, optimizers, batch, cfg)["feedback"].item()
 
     scalar = feedback("scalar", 0)
-    shuffled = [feedback("shuffled", seed) for seed in range(20)]
+    shuffled = [feedback("shuffled", iteration) for iteration in range(20)]
+    assert shuffled[:5] == [feedback("shuffled", iteration, rank=1) for iteration in range(5)]
     assert {round(h / scalar) for h in shuffled} == {1, -1} and np.allclose(np.abs(shuffled), abs(scalar))
 
 

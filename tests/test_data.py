@@ -190,11 +190,19 @@ def test_a_draw_depends_on_its_counters_alone():
 
 
 def test_an_epoch_holds_each_case_once():
-    cases = [case_of(np.array([i, -1], np.int16).reshape(1, 2, 1, 1)) for i in range(7)]
+    cases = [case_of(np.array([i, -1], np.int16).reshape(1, 2, 1, 1)) for i in range(6)]
     drawn = [draw(cases, 2, (2, 1, 1), seed=0, stream=0, iteration=i, augment="none", labeled=False)[0]
-             for i in range(7)]
-    first, second = torch.cat(drawn).amax((1, 2, 3, 4)).view(2, 7)
-    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(7)) and not torch.equal(first, second)
+             for i in range(6)]
+    first, second = torch.cat(drawn).amax((1, 2, 3, 4)).view(2, 6)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(6)) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 7])
+def test_no_batch_holds_a_case_twice(n):
+    batches = [data.chosen([*range(7)], n, seed=0, stream=0, iteration=i) for i in range(50)]
+    assert all(len({*batch}) == n for batch in batches) and {*sum(batches, [])} == {*range(7)}
+    assert sorted(data.chosen([0, 1, 2], 7, seed=0, stream=0, iteration=5)) == sorted([0, 1, 2] * 2 + [
+        data.chosen([0, 1, 2], 7, seed=0, stream=0, iteration=5)[0]])  # more than there are: all in turn
 
 
 def test_noise_is_clipped_and_unlabeled_draws_have_no_label():
