@@ -352,7 +352,10 @@ def scan_nifti(folder: Path) -> tuple[list, list, list[str], int, list[str], lis
         classes = {value if isinstance(value, int) else int(name): name if isinstance(value, int) else value
                    for name, value in spec["labels"].items()}  # nnU-Net has name: integer, MSD integer: name
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{path}: invalid, or lacks channel_names (modality) or labels: {error!r}") from None
+        raise BadInput(f"{path}: invalid, or lacks channel_names (modality) or labels, which are numbers, no regions: "
+                       f"{error!r}") from None
+    if spec.get("file_ending", ".nii.gz") not in (".nii", ".nii.gz"):
+        raise BadInput(f"{path}: file_ending {spec['file_ending']!a}; convert the volumes to .nii.gz")
     names = [str(classes[i]) for i in sorted(classes)]
     usable = 2 <= len(names) <= 256 and "ignore" not in names and "".join(names).isprintable()
     if sorted(classes) != list(range(len(names))) or not usable:
@@ -374,6 +377,8 @@ def scan_nifti(folder: Path) -> tuple[list, list, list[str], int, list[str], lis
 
 def gather(folder: Path, normalize: str, window: tuple[float, float]) -> tuple[Dataset, list[str], list[str]]:
     """Every case of a folder, with the faults and notes found on the way; BadInput if there is nothing to read."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder")
     scan = scan_h5 if (folder / "train.list").is_file() else scan_nifti
     train, test, classes, channels, faults, notes = scan(folder)
 
@@ -430,7 +435,7 @@ def load(data: str, root: str, labeled: float, holdout: float, normalize: str,
     n = math.floor(labeled * keep + 0.5) if labeled <= 1 else labeled
     if n not in range(1, keep + 1):
         raise BadInput(f"{data}: --labeled {labeled:g} is {n:g} of the {keep} labeled cases that --holdout "
-                       f"{holdout:g} leaves; choose a share up to 1, or a number from 2 to {keep}")
+                       f"{holdout:g} leaves; choose another share up to 1 or number over 1, or a lower --holdout")
     cases, n = found.labeled, int(n)
     return replace(found, labeled=cases[:n], unlabeled=cases[n:keep] + found.unlabeled, test=found.test + cases[keep:])
 
@@ -444,7 +449,9 @@ def check(folder: str | Path) -> tuple[list[str], str]:
     cases = found.labeled + found.unlabeled + found.test
     shapes, spacings = sorted(tuple(c.image.shape) for c in cases), sorted(c.spacing for c in cases)
     spans = " to ".join(map(str, shapes[:1] + shapes[-1:])), " to ".join(map(str, spacings[:1] + spacings[-1:]))
-    return faults + notes, f"{found}; classes {', '.join(found.classes)}; shapes {spans[0]}; spacings {spans[1]} mm"
+    differ = " (they differ, and nothing is resampled)" * (not np.allclose(spacings, spacings[:1], rtol=0.01))
+    return faults + notes, (f"{found}; classes {', '.join(found.classes)}; shapes {spans[0]}; "
+                            f"spacings {spans[1]} mm{differ}")
 
 
 def phantom(n: int) -> list[Case]:

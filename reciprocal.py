@@ -499,12 +499,12 @@ def train_parser() -> Parser:
     return parser
 
 
-def config_of(values: dict) -> Config:
+def config_of(values: dict, source: Path | str = "flags") -> Config:
     """A checked Config from flags or JSON, where tuples are lists."""
     try:
         return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}).check()
     except TypeError as error:
-        raise BadInput(f"not the config of a run of this version ({error})") from None
+        raise BadInput(f"{source}: not the config of a run of this version ({error})") from None
 
 
 def configure(flags: dict) -> Config:
@@ -519,7 +519,7 @@ def main(arguments: list[str]) -> None:
     flags = vars(train_parser().parse_args(arguments))
     run, saved = flags.pop("resume"), None
     with contextlib.ExitStack() as folder:
-        cfg = config_of(record.read_config(run) | flags) if run else configure(flags)
+        cfg = config_of(record.read_config(run) | flags, run) if run else configure(flags)
         if run:
             if fixed := [name for name in flags if name not in RESUMABLE]:
                 raise BadInput(f"--{fixed[0].replace('_', '-')} cannot change in a resumed run; start a new one")
@@ -564,7 +564,7 @@ def predict(arguments: list[str]) -> None:
     flags = vars(parser.parse_args(arguments))
     source, target, checkpoint, network = (flags.pop(n) for n in ("input", "output", "checkpoint", "network"))
     saved = record.load_checkpoint(checkpoint)
-    cfg = config_of(saved["config"] | flags)
+    cfg = config_of(saved["config"] | flags, checkpoint)
     device = devices.settle(cfg.device, cfg.amp)
     net = build(cfg, network, saved["channels"], len(saved["classes"]))
     record.load_weights(net, saved, network, checkpoint)

@@ -171,7 +171,7 @@ def _read_run(run: Path, network: str, part: str) -> dict:
             "training cases at the same --labeled": (labeled, unlabeled), "iterations": summary["iterations"],
             "synthetic": summary["synthetic"], "scores": scores, "failures": sum(int(r["failure"]) for r in rows)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise BadInput(f"{path}: not what a finished run leaves ({error!r}); finish the run or leave it out") from None
+        raise BadInput(f"{path}: not what a finished run of this version leaves ({error!r}); leave it out") from None
 
 
 def main(arguments: list[str]) -> None:

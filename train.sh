@@ -29,20 +29,24 @@ fi
 if [ "${1:-}" = compare ]; then
     [ $# -gt 1 ] || { echo "error: give a folder for the runs: ./train.sh compare OUT [arguments]" >&2; exit 2; }
     out=$2
-    # The paper's student is not pre-trained: it takes these iterations as reciprocal ones.
-    iterations=$(.venv/bin/python - "${@:3}" <<'PYTHON'
+    # The paper's student is not pre-trained: it takes these iterations as reciprocal ones, and its schedule is as long.
+    longer=$(.venv/bin/python - "${@:3}" <<'PYTHON'
 import sys
 
 import reciprocal
-from cli import cli
+from cli import BadInput, cli
 
-def iterations():
+def longer():
     flags = vars(reciprocal.train_parser().parse_args(sys.argv[1:]))
+    for name in ("method", "preset", "feedback", "budget", "seed", "out", "resume"):
+        if flags.get(name) is not None:
+            raise BadInput(f"--{name} is for this script to set: it makes all the runs of a table, seeds SEEDS='1 2 3'")
     flags.pop("resume")
     cfg = reciprocal.configure(flags)
-    print(cfg.iterations + cfg.pretrain)
+    more = cfg.iterations + cfg.pretrain
+    print(f"--iterations {more} --lr-step {max(1, cfg.lr_step * more // max(1, cfg.iterations))}")
 
-sys.exit(cli(iterations))
+sys.exit(cli(longer))
 PYTHON
     )
     for seed in ${SEEDS:-1 2 3}; do
@@ -60,7 +64,7 @@ PYTHON
 reciprocal
 reciprocal-off --feedback off
 reciprocal-shuffled --feedback shuffled
-reciprocal-paper --preset paper --iterations $iterations
+reciprocal-paper --preset paper $longer
 supervised --method supervised
 supervised-patches --method supervised --budget patches
 mt --method mt

@@ -258,7 +258,7 @@ def bad_inputs(run, tmp_path):
     yield "summary.json", [good, tmp_path / "nowhere"]
     torn = run(DICE[0], seed=3)
     (torn / "summary.json").write_text((torn / "summary.json").read_text()[:-9])
-    yield f"{torn / 'summary.json'}: not what a finished run leaves", [torn]
+    yield f"{torn / 'summary.json'}: not what a finished run of this version leaves", [torn]
     unscored = run(DICE[0], seed=4)
     (unscored / "metrics.csv").unlink()
     yield f"{unscored / 'metrics.csv'}: not what", [unscored]
@@ -268,7 +268,7 @@ def bad_inputs(run, tmp_path):
         (bad / "metrics.csv").write_text(text)
         yield f"{bad / 'metrics.csv'}: {name}", [bad]
     twice = run([*DICE[0], 0.8], cases="abcdefgha", seed=6)
-    yield f"{twice / 'metrics.csv'}: not what a finished run leaves (ValueError('not each class", [twice]
+    yield f"{twice / 'metrics.csv'}: not what a finished run of this version leaves (ValueError('not each", [twice]
     yield "no scored test case of the teacher", [good, "--network", "teacher"]
     again = run(DICE[0])
     yield f"{again}: the method and the seed of {good} again", [good, again]
@@ -298,7 +298,9 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(not (ROOT / ".venv/installed").exists(), reason="./train.sh would install its environment first")
 @pytest.mark.parametrize("arguments, message", [
     ([], "give a folder for the runs"), (["OUT", "--patches", "3"], "--patches"),
-    (["OUT", "--patch", "3", "3", "3"], "each side must be a multiple of")])
+    (["OUT", "--patch", "3", "3", "3"], "each side must be a multiple of"),
+    (["OUT", "--data", "phantom", "--method", "mt"], "--method is for this script"),
+    (["OUT", "--resume", "x"], "--resume is for this script")])
 def test_the_script_refuses_in_one_line_before_the_first_run(tmp_path, arguments, message):
     arguments = [str(tmp_path / word) if word == "OUT" else word for word in arguments]
     done = subprocess.run([ROOT / "train.sh", "compare", *arguments], text=True, capture_output=True)
