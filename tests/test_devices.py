@@ -95,15 +95,26 @@ RUN = """
             scale = self.weight * (var + self.eps).rsqrt()
             return (x - mean[:, None, None, None]) * scale[:, None, None, None] + self.bias[:, None, None, None]
 
-    reciprocal.Norm = SyncNorm
-    if dying := "--die" in sys.argv:
-        sys.argv.remove("--die")
-        step = reciprocal.reciprocal_step
-        def last_step(*arguments):
-            if arguments[2]["iteration"] == 3 and devices.RANK == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(*arguments)
-        reciprocal.reciprocal_step = last_step
+    if "--own-statistics" in sys.argv:
+        sys.argv.remove("--own-statistics")
+    else:
+        reciprocal.Norm = SyncNorm
+    step, test, number = reciprocal.reciprocal_step, reciprocal.test, None
+    if sys.argv[-2] == "--kill":
+        number = signal.Signals[sys.argv[-1]]
+        del sys.argv[-2:]
+
+    def signalled(nets, optimizers, batch, cfg):
+        if number and batch["iteration"] == 3 and devices.RANK == 1:
+            os.kill(os.getpid(), number)
+        return step(nets, optimizers, batch, cfg)
+
+    def compared(cfg, dataset, nets, run):
+        one, *others = devices.gather([[b.tolist() for net in nets.values() for b in net.buffers()]])
+        assert all(other == one for other in others)
+        return test(cfg, dataset, nets, run)
+
+    reciprocal.reciprocal_step, reciprocal.test = signalled, compared
     sys.exit(data.cli(lambda: reciprocal.main(sys.argv[1:])))
 """
 
@@ -116,7 +127,7 @@ def test_a_run_of_two_ranks_is_that_of_one(tmp_path):
     two = torchrun(tmp_path, 2, RUN, *arguments, "--out", tmp_path / "two")
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     start = time.monotonic()
-    dead = torchrun(tmp_path, 2, RUN, *arguments, "--out", tmp_path / "dead", "--die")
+    dead = torchrun(tmp_path, 2, RUN, *arguments, "--out", tmp_path / "dead", "--kill", "SIGKILL")
     assert dead.returncode and time.monotonic() - start < 120
     assert "--resume" in dead.stderr  # in the line of the rank that is left
     assert record.load_checkpoint(tmp_path / "dead")["iteration"] == 2
@@ -132,6 +143,18 @@ def test_a_run_of_two_ranks_is_that_of_one(tmp_path):
             assert (line.pop("stage"), *line) == (wanted.pop("stage"), *wanted)
             assert "dice" in line or line == pytest.approx(wanted, rel=1e-2, abs=1e-6)
         assert len((tmp_path / name / "metrics.csv").read_text().splitlines()) == 1 + 2 * (8 + 16)
+
+
+def test_running_statistics_of_each_rank_become_those_of_all(tmp_path):
+    done = torchrun(tmp_path, 2, RUN, *TINY.split(), "--iterations", 2, "--own-statistics", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_signal_to_one_rank_stops_all(tmp_path):
+    run = tmp_path / "run"
+    done = torchrun(tmp_path, 2, RUN, *TINY.split(), "--iterations", 6, "--out", run, "--kill", "SIGTERM")
+    assert done.returncode and done.stderr.count(f"stopped; --resume {run} goes on\n") == 2, done.stderr
+    assert record.load_checkpoint(run)["iteration"] == 4 and not (run / "predictions").exists()
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):

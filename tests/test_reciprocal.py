@@ -21,6 +21,7 @@ import devices
 import kernels.dice
 import reciprocal
 import record
+from baselines import METHODS
 from reciprocal import Config, VNet, exam, reciprocal_step, segment, stages, supervised_step
 
 TINY = shlex.split("--patch 16 16 16 --stride 8 8 8 --filters 2 --depth 2 --batch-l 1 --batch-u 1 --iterations 4 "
@@ -377,6 +378,47 @@ def test_lower_bound_beside_the_run_joins_its_table(folder, finished, capsys):
     assert cli("--data", folder, "--labeled", 2, "--method", "supervised", "--out", lower, *TINY) == 0
     assert cli("--resume", finished) == 0
     assert "lower bound (lower)" in capsys.readouterr().out
+
+
+def test_a_longer_stage_has_a_longer_step_schedule():
+    cfg = replace(Config(), schedule="step", lr=0.1, lr_step=10, iterations=20)
+    assert [reciprocal.learning_rate(cfg, i, 20) for i in (0, 9, 10, 19)] == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    assert [reciprocal.learning_rate(cfg, i, 15) for i in (9, 14)] == pytest.approx([0.1, 0.01])  # pre-training
+    assert [reciprocal.learning_rate(cfg, i, 60) for i in (0, 29, 30, 59)] == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    poly = [reciprocal.learning_rate(replace(cfg, schedule="poly"), i, 60) for i in (0, 30)]
+    assert poly == pytest.approx([0.1, 0.1 * 0.5**0.9])
+
+
+@pytest.mark.parametrize("method", ["reciprocal", "sassnet"])
+def test_the_loop_gives_a_step_its_learning_rates_and_patches(method, folder, tmp_path, monkeypatch):
+    """The schedule's rate for each V-Net, a method's own network keeping its own; exam and lesson on other cases; each
+    stage on patches of its own."""
+    seen = []
+
+    def spy(step):
+        def spied(nets, optimizers, batch, cfg):
+            seen.append(([optimizer.param_groups[0]["lr"] for optimizer in optimizers], batch))
+            return step(nets, optimizers, batch, cfg)
+        return spied
+
+    monkeypatch.setattr(reciprocal, "test", lambda *_: [])
+    monkeypatch.setattr(record, "conclude", lambda *_: None)
+    for name in ("reciprocal_step", "supervised_step"):
+        monkeypatch.setattr(reciprocal, name, spy(getattr(reciprocal, name)))
+    sassnet = METHODS["sassnet"]
+    monkeypatch.setitem(METHODS, "sassnet", replace(sassnet, step=spy(sassnet.step)))
+    flags = ["--method", method, "--lr", 0.3, "--schedule", "poly", "--eval-cases", 0]
+    assert cli("--data", folder, "--labeled", 5, "--holdout", 0, "--out", tmp_path / "run", *TINY, *flags) == 0
+    if method == "sassnet":
+        assert [rates for rates, _ in seen] == [[pytest.approx(0.3 * (1 - i / 8) ** 0.9), 1e-4] for i in range(8)]
+        return
+    (_, teacher), _, (_, student), _, *steps = seen
+    assert not torch.equal(teacher["x_l"], student["x_l"])
+    for i, (rates, batch) in enumerate(steps):
+        assert rates == [pytest.approx(0.3 * (1 - i / 4) ** 0.9)] * 2
+        assert not torch.equal(batch["x_l"], batch["x_s"])
+        u, exam_case, lesson_case = batch["cases"]
+        assert exam_case != lesson_case
 
 
 def test_resumed_run_equals_a_straight_one(folder, tmp_path, monkeypatch):
