@@ -258,7 +258,7 @@ def conclude(config: dict, dataset: data.Dataset, rows: list[dict], run: Path) -
     write(run / "summary.json", json.dumps(summary, indent=1))
     write(run / "curves.png", report.curves(run / "log.jsonl", title(config)))
     if shown := panels(dataset, rows, run):
-        write(run / "overlay.png", report.overlay(shown, title(config)))
+        write(run / "overlay.png", report.overlay(shown, dataset.classes, title(config)))
     print(f"\n{title(config)}: {counts}")
     if scores:
         stats.write_csv(run / "metrics.csv", rows)

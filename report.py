@@ -61,15 +61,16 @@ def curves(log: Path, title: str) -> bytes:
     return png(figure)
 
 
-def overlay(panels: list[tuple], title: str) -> bytes:
+def overlay(panels: list[tuple], classes: list[str], title: str) -> bytes:
     """A PNG of some cases, in rows, and the three planes in columns, each where the label is largest. A panel is (set,
     Dice or NaN, case, prediction (D, H, W)); the label's contours are solid, the prediction's dashed, a color for each
-    class."""
+    of the classes, which are named background first."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    colors = [plt.cm.tab10.colors[value % 10] for value in range(len(classes))]
     figure, axes = plt.subplots(len(panels), 3, figsize=(9, 3.1 * len(panels)), squeeze=False, constrained_layout=True)
     for row, (name, dice, case, prediction) in zip(axes, panels, strict=True):
         image = case.volume()[0].numpy()
@@ -86,11 +87,13 @@ def overlay(panels: list[tuple], title: str) -> bytes:
             for mask, style in zip(masks[::-1], ("dashed", "solid"), strict=False):
                 cut = mask.take(index, plane).T
                 for value in np.unique(cut[cut > 0]) if min(cut.shape) > 1 else ():  # a line has no contour
-                    axis.contour(cut == value, [0.5], colors=[plt.cm.tab10.colors[int(value) % 10]], linestyles=style,
+                    axis.contour(cut == value, [0.5], colors=[colors[value]], linestyles=style,
                                  linewidths=1.2)
             axis.set_axis_off()
             axis.set_title(f"{text * (plane == 0)}axis {plane}, slice {index}", fontsize=8, loc="left")
     figure.suptitle(f"{title}\nlabel solid, prediction dashed", fontsize=10)
+    figure.legend([plt.Line2D([], [], color=color) for color in colors[1:]], classes[1:], ncols=6, fontsize=8,
+                  loc="outside lower center")
     return png(figure)
 
 
