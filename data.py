@@ -76,8 +76,8 @@ class Dataset:
         size = sum(x.numel() * x.element_size() for c in cases for x in (c.image, c.label) if x is not None)
         if device.type != "cuda" or 2 * size > torch.cuda.mem_get_info(device)[0]:
             return self
-        there = [case.to(device) for case in cases]
-        return replace(self, labeled=there[: len(self.labeled)], unlabeled=there[len(self.labeled) :])
+        return replace(self, labeled=[case.to(device) for case in self.labeled],
+                       unlabeled=[case.to(device) for case in self.unlabeled])
 
     def scored(self, name: str) -> list[Case]:
         """Those with a label to compare with: of "test", or "transductive" ones, trained on as images alone."""
