@@ -62,13 +62,20 @@ def convolves(amp: str, device: torch.device) -> bool:
 
 
 class Norm(nn.BatchNorm3d):
-    """BatchNorm3d, bit for bit, by a 4-D view: on GPUs channels_last has no fast kernel in 5-D."""
+    """BatchNorm3d, bit for bit, by a 4-D view on GPUs, where channels_last has no fast kernel in 5-D."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Either rank will do."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(2, 3)).unflatten(2, x.shape[2:4])
+        return super().forward(x.flatten(2, 3)).unflatten(2, x.shape[2:4]) if x.is_cuda else super().forward(x)
+
+
+class ReLU(nn.Module):
+    """In place on a CPU; on the view that `Norm` returns on a GPU autograd would pay for that with copies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() if x.is_cuda else x.relu_()
 
 
 class Pointwise(nn.Conv3d):

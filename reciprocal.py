@@ -35,7 +35,7 @@ import record
 from baselines import METHODS, descend, gradients_of, named_loss, supervised_step, update
 from cli import BadInput, Parser, add_flags, cli, flag, make_folder
 from data import PRESETS
-from devices import Norm, Pointwise
+from devices import Norm, Pointwise, ReLU
 
 NETWORKS = ("student", "teacher")  # those that segment
 QUIET = devices.RANK > 0 or not sys.stderr.isatty()  # plain lines instead of progress bars where nobody watches them
@@ -142,7 +142,7 @@ class VNet(nn.Module):
             return nn.Sequential(*(unit(nn.Conv3d(i, after, 3, padding=1)) for i in ins))
 
         def unit(conv: nn.Module) -> nn.Sequential:
-            return nn.Sequential(conv, Norm(conv.out_channels), nn.ReLU())
+            return nn.Sequential(conv, Norm(conv.out_channels), ReLU())
 
         pairs = list(itertools.pairwise(width))
         self.encoder = nn.ModuleList(map(block, convs, [channels] + width[1:], width))
