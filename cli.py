@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -36,7 +37,8 @@ def cli(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or
+                re.search("can't allocate|not enough memory|out of memory", str(error))):
             raise
         line, status = "error: out of memory; lower --patch, --batch-l, --batch-u or --windows", 2
     except (BadInput, OSError) as error:

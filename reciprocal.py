@@ -78,7 +78,8 @@ class Config:
     optimizer: str = flag("sgd", "SGD with momentum 0.9, or Adam; weight decay 1e-4", ("sgd", "adam"))
     lr: float = flag(0.01, "learning rate")
     schedule: str = flag("step", "lr * 0.1 every lr_step, or lr * (1 - t/T) ** 0.9", ("step", "poly"))
-    lr_step: int = flag(2500, "iterations between two steps of the schedule `step`; longer in a longer stage")
+    lr_step: int = flag(2500, "iterations between two steps of the schedule `step`; in proportion more for a "
+                        "comparison method, whose one stage is longer")
     augment: str = flag("rotflip", "rot90 and one flip in the plane; a flip of each axis; none",
                         ("rotflip", "flip", "none"))
     noise: float = flag(0.0, "standard deviation of Gaussian noise on the patches")
@@ -285,7 +286,7 @@ def predict_label(net: nn.Module, image: Tensor, cfg: Config) -> Tensor:
     """The predicted classes (D, H, W) uint8 of one image (C, D, H, W), on its device."""
     with devices.autocast(cfg.amp, image.device), torch.compiler.set_stance("force_eager"):  # the last batch is smaller
         probs = segment(net, image, cfg.patch, cfg.stride, cfg.windows)
-    label = probs.max(0).indices.to(image.device, torch.uint8)  # on a CPU argmax takes 50 times as long
+    label = probs.max(0).indices.to(image.device, torch.uint8)  # on a CPU argmax takes ten times as long
     for value in range(1, len(probs)) if cfg.largest_component else ():
         parts, n = ndimage.label((label == value).cpu().numpy())
         if n > 1:
@@ -377,8 +378,8 @@ def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, it
 def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
     if cfg.schedule == "poly":
         return cfg.lr * (1 - iteration / iterations) ** 0.9
-    longer = max(1, iterations / max(cfg.iterations, 1))  # for a comparison method: one stage has all the iterations
-    return cfg.lr * 0.1 ** (iteration // (cfg.lr_step * longer))
+    longer = iterations / max(cfg.iterations, 1) if cfg.method in METHODS else 1  # one stage has all the iterations
+    return cfg.lr * 0.1 ** (iteration // (cfg.lr_step * max(longer, 1)))
 
 
 def make_optimizer(cfg: Config, net: nn.Module) -> Optimizer:
@@ -418,7 +419,7 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             pending.append(dict(stage=stage.name, iteration=done, lr=lr, cases=batch["cases"]) | scalars)
             due = [every for every in ("log", "eval", "save")
                    if done % getattr(cfg, every + "_every") == 0 or done == stage.iterations]
-            halt = devices.anywhere(bool(stopped), ask=done % cfg.log_every == 0)
+            halt = devices.anywhere(bool(stopped), ask=done % cfg.log_every == 0 or done == stage.iterations)
             due += ["save"] * halt
             if not due:
                 continue
@@ -528,7 +529,7 @@ def main(arguments: list[str]) -> None:
             saved = record.load_progress(run, asdict(cfg), RESUMABLE)
             if saved and saved["iteration"] > stages(cfg)[saved["stage"]].iterations:
                 raise BadInput(f"--iterations {cfg.iterations}: the run is at {saved['iteration']} already")
-            if saved and saved["config"]["iterations"] != cfg.iterations:
+            if saved and saved["config"]["iterations"] != cfg.iterations and devices.RANK == 0:
                 print(f"It goes on as a run of {cfg.iterations} iterations would: learning rates and ramps may jump.")
         device = devices.settle(cfg.device, cfg.amp, cfg.deterministic)
         folder.enter_context(devices.company(device))

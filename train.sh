@@ -29,7 +29,8 @@ fi
 if [ "${1:-}" = compare ]; then
     [ $# -gt 1 ] || { echo "error: give a folder for the runs: ./train.sh compare OUT [arguments]" >&2; exit 2; }
     out=$2
-    # The paper's student is not pre-trained: it takes these iterations as reciprocal ones, and its schedule is as long.
+    # The paper's student is not pre-trained: it takes these iterations as reciprocal ones, and longer steps of the
+    # learning rate, which its teacher's pre-training has, too.
     longer=$(.venv/bin/python - "${@:3}" <<'PYTHON'
 import sys
 
@@ -49,6 +50,7 @@ def longer():
 sys.exit(cli(longer))
 PYTHON
     )
+    [[ $longer = --iterations* ]] || { echo "$longer"; exit; }  # the help
     for seed in ${SEEDS:-1 2 3}; do
         while read -r name flags; do
             run=$out/$name-seed$seed

@@ -384,7 +384,9 @@ def test_a_longer_stage_has_a_longer_step_schedule():
     cfg = replace(Config(), schedule="step", lr=0.1, lr_step=10, iterations=20)
     assert [reciprocal.learning_rate(cfg, i, 20) for i in (0, 9, 10, 19)] == pytest.approx([0.1, 0.1, 0.01, 0.01])
     assert [reciprocal.learning_rate(cfg, i, 15) for i in (9, 14)] == pytest.approx([0.1, 0.01])  # pre-training
-    assert [reciprocal.learning_rate(cfg, i, 60) for i in (0, 29, 30, 59)] == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    mt = replace(cfg, method="mt")
+    assert [reciprocal.learning_rate(mt, i, 60) for i in (0, 29, 30, 59)] == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    assert reciprocal.learning_rate(replace(cfg, iterations=0), 25, 30) == pytest.approx(0.001)  # pre-training
     poly = [reciprocal.learning_rate(replace(cfg, schedule="poly"), i, 60) for i in (0, 30)]
     assert poly == pytest.approx([0.1, 0.1 * 0.5**0.9])
 
@@ -413,6 +415,7 @@ def test_the_loop_gives_a_step_its_learning_rates_and_patches(method, folder, tm
         assert [rates for rates, _ in seen] == [[pytest.approx(0.3 * (1 - i / 8) ** 0.9), 1e-4] for i in range(8)]
         return
     (_, teacher), _, (_, student), _, *steps = seen
+    assert len(steps) == 4
     assert not torch.equal(teacher["x_l"], student["x_l"])
     for i, (rates, batch) in enumerate(steps):
         assert rates == [pytest.approx(0.3 * (1 - i / 4) ** 0.9)] * 2
