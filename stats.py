@@ -60,7 +60,7 @@ def table(rows: list[dict], unit: str = "voxels", markdown: bool = False) -> str
             return "{} ± {} [{}, {}]".format(*(cell(key, value[k]) for k in ("mean", "sd", "low", "high")))
         if isinstance(value, float):
             return "-" if math.isnan(value) else f"{value * (100 if key in OVERLAPS else 1):.2f}"
-        return str(value)
+        return "-" if value is None else str(value)  # JSON's for NaN
 
     titles = {"dice": "Dice %", "jaccard": "Jaccard %", "difference": "Dice difference", "p_holm": "p (Holm)"}
     titles |= {m: f"{m.upper()} {unit}" for m in DISTANCES}
