@@ -15,20 +15,15 @@ A training image without a label file is an unlabeled case. An all-zero label is
     python data.py check FOLDER        everything that is wrong with it, a line each
 """
 
-import gzip
 import hashlib
 import json
 import math
-import os
 import re
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import h5py
-import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -36,7 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import devices
-from cli import BadInput, Parser, cli, write
+from cli import BadInput, Parser, cli
+from files import read_h5, read_nifti
+from files import write_label as write_label  # read and written by one name, data
 from phantom import scan
 
 
@@ -72,12 +69,11 @@ class Dataset:
 
     def to(self, device: torch.device) -> "Dataset":
         """Training cases on the GPU where they fill less than half of it: their patches are cut there."""
-        cases = self.labeled + self.unlabeled
-        size = sum(x.numel() * x.element_size() for c in cases for x in (c.image, c.label) if x is not None)
-        if device.type != "cuda" or 2 * size > torch.cuda.mem_get_info(device)[0]:
+        volumes = [v for case in self.labeled + self.unlabeled for v in (case.image, case.label) if v is not None]
+        if device.type != "cuda" or 2 * sum(v.nbytes for v in volumes) > torch.cuda.mem_get_info(device)[0]:
             return self
-        return replace(self, labeled=[case.to(device) for case in self.labeled],
-                       unlabeled=[case.to(device) for case in self.unlabeled])
+        return replace(self, **{name: [case.to(device) for case in getattr(self, name)]
+                                for name in ("labeled", "unlabeled")})
 
     def scored(self, name: str) -> list[Case]:
         """Those with a label to compare with: of "test", or "transductive" ones, trained on as images alone."""
@@ -181,56 +177,6 @@ def pad(volume: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 # ---- one case ----------------------------------------------------------------------------------------------
 
-def read_nifti(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float], np.ndarray]:
-    """Array (3D, or 4D with channels last), spacing in mm, affine (4, 4).
-
-    The header is judged before a voxel is read or allocated, and a gzip stream is read to its end, where the
-    checksum is; BadInput on any trouble. A plain .nii named .nii.gz is read as well.
-    """
-    try:
-        with open(path, "rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if packed else open)(path, "rb") as stream, np.errstate(all="ignore"):  # judged below
-            block = stream.read(540)
-            kinds = [k for k in (nib.Nifti1Header, nib.Nifti2Header) if k.may_contain_header(block)]
-            if not kinds:
-                raise ValueError("not a NIfTI file" if block else "empty file")
-            header = kinds[0](block[: kinds[0].sizeof_hdr], check=False)
-            if int(header["datatype"]) not in nib.nifti1.data_type_codes:
-                raise ValueError(f"unknown datatype {header['datatype']}")
-            shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
-            spacing = nib.affines.voxel_sizes(affine)
-            if dtype.kind not in "iuf":
-                raise ValueError(f"voxels of type {dtype}, not integers or floats")
-            if len(shape) not in (3, 4) or min(shape) < 1:
-                raise ValueError(f"shape {shape}, not three axes or four with the channels last")
-            if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * spacing.prod():
-                raise ValueError("singular or non-finite affine")
-            claim = header.get_data_offset() + math.prod(shape) * dtype.itemsize
-            most = os.path.getsize(path) * (1032 if packed else 1)  # the best that deflate can do
-            if claim > most or math.prod(shape) > 2**31:
-                raise ValueError(f"its header claims {shape} voxels, more than it can hold")
-            array = header.data_from_fileobj(stream)
-            if len(stream.read(2**20)) == 2**20:
-                raise ValueError(f"it goes on long after the {shape} voxels of its header")
-    except (OSError, EOFError, zlib.error, ValueError, OverflowError, nib.spatialimages.HeaderDataError) as error:
-        raise BadInput(f"{path}: {str(error).splitlines()[0]}; copy or convert the file again") from None
-    return array, tuple(spacing.tolist()), affine
-
-
-def read_h5(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    try:
-        with h5py.File(path) as file:
-            image, label = file["image"][()], file["label"][()] if "label" in file else None
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{path}: no readable h5 file with an 'image' ({error}); copy it again") from None
-    if image.dtype.kind not in "iuf" or not image.size:
-        raise BadInput(f"{path}: its image is empty or not of numbers; copy it again")
-    if image.ndim != 3 or label is not None and label.shape != image.shape:
-        raise BadInput(f"{path}: image or label of another shape than the image's three axes, {image.shape}")
-    return image[None], label
-
-
 def read_case(name: str, image_paths: list[Path], label_path: Path | None, classes: list[str], normalize: str,
               window: tuple[float, float]) -> Case:
     """One case from one file or a file a channel, checked and normalized. An h5 file is not normalized: that was
@@ -298,12 +244,6 @@ def standardize(values: np.ndarray, counts: np.ndarray | None, normalize: str, w
     return values.astype(np.float32)
 
 
-def write_label(path: str | Path, label, affine: np.ndarray) -> None:
-    """uint8 NIfTI with the given affine; atomic like every `write`."""
-    content = nib.Nifti1Image(np.asarray(label, dtype=np.uint8), affine).to_bytes()
-    write(Path(path), gzip.compress(content, 6, mtime=0) if str(path).endswith(".gz") else content)
-
-
 # ---- a folder of cases -------------------------------------------------------------------------------------
 
 def stem(path: Path) -> str:
@@ -344,8 +284,8 @@ def scan_nifti(folder: Path) -> tuple[list, list, list[str], int, list[str], lis
     """The same for nnU-Net's layout and the Decathlon's."""
     path, faults, parts = folder / "dataset.json", [], []
     if not path.is_file():
-        raise BadInput(f"{folder}: neither train.list (left atrium) nor dataset.json (nnU-Net v2, Decathlon) in it;"
-                       " the top of data.py draws the three layouts, --data phantom needs none")
+        raise BadInput(f"{folder}: no such folder, or neither train.list (left atrium) nor dataset.json (nnU-Net v2, "
+                       "Decathlon) in it; the top of data.py draws the three layouts, --data phantom needs none")
     try:
         spec = json.loads(path.read_text())
         channels = len(spec.get("channel_names") or spec["modality"])
@@ -377,8 +317,6 @@ def scan_nifti(folder: Path) -> tuple[list, list, list[str], int, list[str], lis
 
 def gather(folder: Path, normalize: str, window: tuple[float, float]) -> tuple[Dataset, list[str], list[str]]:
     """Every case of a folder, with the faults and notes found on the way; BadInput if there is nothing to read."""
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder")
     scan = scan_h5 if (folder / "train.list").is_file() else scan_nifti
     train, test, classes, channels, faults, notes = scan(folder)
 
@@ -462,8 +400,8 @@ def phantom(n: int) -> list[Case]:
 
 def main() -> int:
     parser = Parser(description="Look a data set over.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="everything that is wrong, a line each").add_argument("folder")
+    parser.add_argument("command", choices=["check"], help="everything that is wrong, a line each")
+    parser.add_argument("folder")
     faults, summary = check(parser.parse_args().folder)
     print(*(faults or [summary]), sep="\n")
     return 2 if faults else 0
