@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -47,6 +48,7 @@ from kernels.dice import dice_ce, reference
 Contestant = tuple[Callable[[], object], torch.dtype]  # what is timed, and what its floor is counted in
 AMP = {torch.float32: "off", torch.bfloat16: "bf16"}
 COMPILED = "ours, compiled"
+installed = importlib.util.find_spec  # None where a package is not
 
 
 def interleave(contestants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> list[dict]:
@@ -54,6 +56,7 @@ def interleave(contestants: dict[str, Callable[[], object]], rounds: int, device
     is as many calls as take 0.2 s, 20 at most, so that on a GPU waiting for the last of them does not count."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     calls = dict.fromkeys(contestants, 1)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     for turn in range(-2, rounds):
         for name, call in contestants.items():
             wait(device)
@@ -69,11 +72,6 @@ def interleave(contestants: dict[str, Callable[[], object]], rounds: int, device
     first = np.median(next(iter(times.values())))
     return [dict(name=name, ms=float(np.median(t)), low=float(np.quantile(t, 0.2)), high=float(np.quantile(t, 0.8)),
                  ratio=float(np.median(t) / first)) for name, t in times.items()]
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def memory(call: Callable[[], object]) -> float:
@@ -128,17 +126,14 @@ def train(args) -> list[dict]:
 
         return call, dtype
 
-    contestants = {
-        "authors' formulation": contestant(peers.authors_step, torch.contiguous_format),
-        "ours, contiguous": contestant(reciprocal.reciprocal_step, torch.contiguous_format),
-        "ours": contestant(reciprocal.reciprocal_step, torch.channels_last_3d),
-    }
-    best = torch.float32
+    ours = functools.partial(contestant, reciprocal.reciprocal_step, torch.channels_last_3d)
+    contestants = {"authors' formulation": contestant(peers.authors_step, torch.contiguous_format),
+                   "ours, contiguous": contestant(reciprocal.reciprocal_step, torch.contiguous_format), "ours": ours()}
+    best = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     if args.device.type == "cuda":
-        best = torch.bfloat16
-        contestants["ours, bf16"] = contestant(reciprocal.reciprocal_step, torch.channels_last_3d, best)
+        contestants["ours, bf16"] = ours(best)
     if args.compile:
-        contestants[COMPILED] = contestant(reciprocal.reciprocal_step, torch.channels_last_3d, best, compiled=True)
+        contestants[COMPILED] = ours(best, compiled=True)
     with FlopCounterMode(display=False) as counter:
         expected = contestant(peers.authors_step, torch.contiguous_format)[0]().item()
     for name, (call, dtype) in list(contestants.items()):
@@ -164,13 +159,12 @@ def infer(args) -> list[dict]:
     image = data.pad(F.avg_pool3d(torch.randn(1, *args.volume), 5, 1, 2), args.patch)
     image /= image.std()
     net = reciprocal.VNet(1, 2, args.filters, args.depth)
-    for module in net.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.momentum = None  # one pass sets the statistics
     window = image[(..., *map(slice, args.patch))]
+    pair = torch.stack([window, window.flip(-1)])
+    update_bn([pair], net)
     with torch.no_grad():  # as many voxels of one class as of the other: that labels agree says something then
-        net.head.bias -= net(torch.stack([window, window.flip(-1)])).mean((0, 2, 3, 4))
-    plain = net.eval().to(args.device)
+        net.head.bias -= net.eval()(pair).mean((0, 2, 3, 4))
+    plain = net.to(args.device)
     ours = copy.deepcopy(plain).to(memory_format=torch.channels_last_3d)
 
     def segment(windows: int, dtype=torch.float32) -> Contestant:
@@ -206,10 +200,6 @@ def differing(name: str, label: np.ndarray, probs: np.ndarray, tie: float) -> in
     return int(differ.sum())
 
 
-def installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
 def dice(args) -> list[dict]:
     """Forward and backward, against the fewest bytes."""
     torch.manual_seed(0)
@@ -231,8 +221,7 @@ def dice(args) -> list[dict]:
             raise BadInput(f"{name}: another gradient than the reference; nothing is timed")
     rows = interleave({name: both(loss) for name, loss in losses.items()}, args.rounds, args.device)
     moved = label.numel() * (3 * args.classes * logits.element_size() + 2 * label.element_size())
-    source = torch.empty(2**26, device=args.device)
-    sink = torch.empty_like(source)
+    source, sink = torch.empty(2, 2**26, device=args.device)
     (copied,) = interleave({"copy": lambda: sink.copy_(source)}, args.rounds, args.device)
     floor = moved / (8 * source.numel() / copied["ms"])
     for row, loss in zip(rows, losses.values(), strict=True):
@@ -254,8 +243,7 @@ def blobs(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 def surface(args) -> list[dict]:
     masks = blobs(tuple(args.patch))
-    there = [torch.from_numpy(mask).to(args.device) for mask in masks]
-    pairs = {"cpu": masks, "cuda": there}
+    pairs = {"cpu": masks, "cuda": [torch.from_numpy(mask).to(args.device) for mask in masks]}
     contestants = {name: functools.partial(function, *pairs[where]) for name, package, function, where in (
         ("MedPy", "medpy", peers.by_medpy, "cpu"),
         ("SciPy distance transform on the box", "scipy", peers.by_scipy, "cpu"),
@@ -305,9 +293,8 @@ def main() -> None:
         print(f"{row['name']:{width}}  {row['ms']:10.3f} ms  [{row['low']:.3f}, {row['high']:.3f}]  "
               f"ratio {row['ratio']:.3f}{more}")
     if args.json:
-        arguments = {name: str(value) for name, value in vars(args).items()}
-        result = dict(arguments=arguments, environment=record.environment(args.device), rows=rows)
-        write(args.json, json.dumps(result, indent=1))
+        about = dict(arguments={k: str(v) for k, v in vars(args).items()}, environment=record.environment(args.device))
+        write(args.json, json.dumps(about | dict(rows=rows), indent=1))
 
 
 if __name__ == "__main__":
