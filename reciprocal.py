@@ -286,7 +286,7 @@ def predict_label(net: nn.Module, image: Tensor, cfg: Config) -> Tensor:
     """The predicted classes (D, H, W) uint8 of one image (C, D, H, W), on its device."""
     with devices.autocast(cfg.amp, image.device), torch.compiler.set_stance("force_eager"):  # the last batch is smaller
         probs = segment(net, image, cfg.patch, cfg.stride, cfg.windows)
-    label = probs.max(0).indices.to(image.device, torch.uint8)  # on a CPU argmax takes ten times as long
+    label = probs.max(0).indices.to(image.device, torch.uint8)  # on a CPU argmax takes several times as long
     for value in range(1, len(probs)) if cfg.largest_component else ():
         parts, n = ndimage.label((label == value).cpu().numpy())
         if n > 1:
