@@ -67,6 +67,7 @@ reciprocal
 reciprocal-off --feedback off
 reciprocal-shuffled --feedback shuffled
 reciprocal-paper --preset paper $longer
+reciprocal-paper-off --preset paper --feedback off $longer
 supervised --method supervised
 supervised-patches --method supervised --budget patches
 mt --method mt
