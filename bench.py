@@ -129,8 +129,8 @@ def train(args) -> list[dict]:
     ours = functools.partial(contestant, reciprocal.reciprocal_step, torch.channels_last_3d)
     contestants = {"authors' formulation": contestant(peers.authors_step, torch.contiguous_format),
                    "ours, contiguous": contestant(reciprocal.reciprocal_step, torch.contiguous_format), "ours": ours()}
-    best = torch.bfloat16 if args.device.type == "cuda" else torch.float32
-    if args.device.type == "cuda":
+    best = torch.bfloat16 if args.device.type == "cuda" or args.dtype == "bfloat16" else torch.float32
+    if best == torch.bfloat16:
         contestants["ours, bf16"] = ours(best)
     if args.compile:
         contestants[COMPILED] = ours(best, compiled=True)
@@ -277,10 +277,11 @@ def main() -> None:
     parser.add_argument("--stride", type=int, nargs=3, help="for infer")
     parser.add_argument("--batch", type=int, help="patches; so many labeled and so many unlabeled ones for train")
     parser.add_argument("--classes", type=int, default=2, help="for dice")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="for dice")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="for dice; bfloat16 is one row more for train on a CPU")
     parser.add_argument("--filters", type=int, help="for train and infer")
     parser.add_argument("--depth", type=int, default=4, help="for train and infer")
-    parser.add_argument("--compile", action="store_true", help="for train: a row with compiled networks, bf16 on CUDA")
+    parser.add_argument("--compile", action="store_true", help="for train: a row with compiled networks")
     args = parser.parse_args()
     on_gpu = args.device.type == "cuda" and args.bench in ("train", "infer")
     for name, size in (SIZES[args.bench] | (LEFT_ATRIUM if on_gpu else {})).items():

@@ -44,7 +44,8 @@ def settle(name: str, amp: str = "off", deterministic: bool = False) -> torch.de
 
 
 def autocast(amp: str, device: torch.device):
-    """Autocast to bf16 where asked for; "auto" is on CUDA, never on a CPU, where it is slower than float32."""
+    """Autocast to bf16 where asked for; "auto" is on CUDA alone: of CPUs only those with matrix units (AMX) are faster
+    in bf16 than in float32, others many times as slow."""
     bf16 = amp == "bf16" or (amp == "auto" and device.type == "cuda")
     # Without the cache of cast weights: within one step the exam would still see the student from before the lesson.
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)

@@ -92,7 +92,8 @@ class Config:
     largest_component: bool = flag(False, "keep the largest component of each predicted class")
     spacing: str = flag("voxels", "unit of the distances", ("voxels", "mm"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    amp: str = flag("auto", "autocast; auto is bf16 on CUDA and off elsewhere", ("auto", "bf16", "off"))
+    amp: str = flag("auto", "autocast; auto is bf16 on CUDA, off elsewhere; of CPUs, for those with AMX alone",
+                    ("auto", "bf16", "off"))
     deterministic: bool = flag(False, "deterministic algorithms only")
     compile: bool = flag(False, "torch.compile of the networks: a minute or two at first, then faster steps")
     sync_norm: bool = flag(False, "batch statistics over all GPUs of torchrun, else each its own")

@@ -68,15 +68,16 @@ def test_the_counted_operations_are_those_of_the_network(patch, filters, depth):
 
 
 def test_train(run):
-    status, result = run("train --batch 2")
-    authors, plain, ours, floor = result["rows"]
-    assert status == 0 and authors["ratio"] == 1 and floor["name"] == "floor, float32"
+    status, result = run("train --batch 2 --dtype bfloat16")
+    floors = {row["name"]: row["ms"] for row in result["rows"][4:]}
+    assert status == 0 and result["rows"][0]["ratio"] == 1 and list(floors) == ["floor, float32", "floor, bfloat16"]
     # four forward passes of two patches, their backward passes twice as much but for the gradient of the input
     flops = 2 * 8 * (3 * multiplications((16, 16, 16), 2, 2) - 27 * 2 * 16**3)
     for row in result["rows"]:
         assert np.isclose(row["tflop_per_s"] * row["ms"] * 1e9, flops)
         assert np.isclose(row["samples_per_s"] * row["ms"], 4000)
-        assert np.isclose(row["share_of_floor"], floor["ms"] / row["ms"])
+        floor = floors["floor, bfloat16" if row["name"].endswith(("bf16", "bfloat16")) else "floor, float32"]
+        assert np.isclose(row["share_of_floor"], floor / row["ms"])
     assert result["environment"]["torch"] == torch.__version__ and result["environment"]["device"] == "cpu"
     assert result["arguments"]["patch"] == "[16, 16, 16]" and result["arguments"]["batch"] == "2"
 
