@@ -72,6 +72,34 @@ def test_loss_and_gradients_of_two_ranks_are_those_of_one(tmp_path):
     assert done.stdout.count("agrees") == 2
 
 
+UAMT = """
+    import sys
+    import torch
+    import baselines, devices, kernels.dice, reciprocal
+
+    kernels.dice.INTERPRETED = False
+    baselines.noisy = lambda x: x  # that, dropout and batch statistics are a rank's own
+    with devices.company(torch.device("cpu")):
+        torch.manual_seed(0)
+        nets = [reciprocal.VNet(1, 2, 2, 1).eval() for _ in range(2)]
+        optimizers = [torch.optim.SGD(net.parameters(), lr=100.0) for net in nets]
+        x_l, x_u = torch.randn(2, 4, 1, 8, 8, 8)
+        x_u[::2] *= 9  # the teacher is certain of other shares of what each rank sees
+        batch = dict(x_l=devices.mine(x_l), y_l=devices.mine(x_l[:, 0] > 0).byte(), x_u=devices.mine(x_u))
+        baselines.uamt_step(nets, optimizers, batch | dict(iteration=9, iterations=10), reciprocal.Config())
+        if devices.RANK == 0:
+            torch.save(nets[0].state_dict(), sys.argv[1])
+"""
+
+
+def test_uamt_is_as_certain_on_two_ranks_as_on_one(tmp_path):
+    for ranks in (1, 2):
+        done = torchrun(tmp_path, ranks, UAMT, f"{ranks}.pt")
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{ranks}.pt", weights_only=True) for ranks in (1, 2))
+    torch.testing.assert_close(two, one)
+
+
 RUN = """
     import os, signal, sys
     import torch
