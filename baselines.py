@@ -143,7 +143,7 @@ def random_transform(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
 
     def transform(x: Tensor) -> Tensor:
         samples = [sample.rot90(k, plane).flip(axes) for sample, k, axes in zip(x, turns, flips, strict=True)]
-        return torch.stack(samples).contiguous(memory_format=torch.channels_last_3d)
+        return torch.stack(samples).to(memory_format=torch.channels_last_3d)
 
     return transform
 

@@ -97,7 +97,7 @@ def compile_all(nets: list[nn.Module], shape: tuple[int, ...], amp: str) -> None
     trial.compile()
     try:
         with autocast(amp, device):
-            patches = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last_3d)
+            patches = torch.zeros(shape, device=device).to(memory_format=torch.channels_last_3d)
             trial(patches).float().sum().backward()
     except Exception as error:  # noqa: BLE001  whatever it is, an uncompiled network trains
         print(f"--compile is left out, it fails here: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)

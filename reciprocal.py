@@ -264,7 +264,7 @@ def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, keep
     try:
         for some in (boxes[i : i + windows] for i in range(0, len(boxes), windows)):
             x = torch.stack([padded[box] for box in some])  # (windows, C, *patch)
-            probs = net(x.contiguous(memory_format=torch.channels_last_3d)).float().softmax(1).to(keep_on)
+            probs = net(x.to(memory_format=torch.channels_last_3d)).float().softmax(1).to(keep_on)
             if total is None:
                 total = torch.zeros(probs.shape[1], *padded.shape[1:], device=keep_on)
                 visits = torch.zeros(padded.shape[1:], device=keep_on)
@@ -363,7 +363,7 @@ def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, it
         batch["cases"] += [case.name for case in data.chosen(cases, n, **counters)]
         image, label = data.draw(cases, n, cfg.patch, **counters, augment=cfg.augment, noise=cfg.noise,
                                  labeled=labeled, device=device)
-        return image.contiguous(memory_format=torch.channels_last_3d), label
+        return image.to(memory_format=torch.channels_last_3d), label  # `contiguous` would leave one channel as it is
 
     batch, labeled = dict(iteration=iteration, iterations=stage.iterations, cases=[]), stage.patches.copy()
     if n := labeled.pop("u", 0):

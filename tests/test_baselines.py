@@ -330,8 +330,15 @@ def test_as_many_patches_as_the_reciprocal_run(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["mt", "uamt", "sassnet", "tcsm"])
-def test_a_run_ends_in_its_table_and_its_checkpoint_predicts(method, tmp_path, capsys):
-    run = tmp_path / "run"
+def test_a_run_ends_in_its_table_and_its_checkpoint_predicts(method, tmp_path, capsys, monkeypatch):
+    """And what a gradient comes back from is channels_last: `contiguous` leaves the strides of one channel alone."""
+    run, forward, strides = tmp_path / "run", reciprocal.VNet.forward, set()
+
+    def watched(net, x):
+        strides.update([x.stride(1)] * torch.is_grad_enabled())
+        return forward(net, x)
+
+    monkeypatch.setattr(reciprocal.VNet, "forward", watched)
     tiny = shlex.split("--patch 16 16 16 --stride 16 16 16 --filters 2 --depth 2 --batch-l 1 --batch-u 1 "
                        "--iterations 2 --pretrain 1 --log-every 1 --eval-every 2 --eval-cases 1 --device cpu")
     assert data.cli(lambda: reciprocal.main(["--data", "phantom", "--method", method, "--out", str(run), *tiny])) == 0
@@ -344,4 +351,4 @@ def test_a_run_ends_in_its_table_and_its_checkpoint_predicts(method, tmp_path, c
     data.write_label(scan, case.image[0], case.affine)
     assert data.cli(lambda: reciprocal.main(["predict", "-i", str(scan), "-o", str(tmp_path / "masks"),
                                              "--checkpoint", str(run / "student.pt")])) == 0
-    assert (tmp_path / "masks/scan.nii.gz").exists()
+    assert (tmp_path / "masks/scan.nii.gz").exists() and strides == {1}

@@ -226,9 +226,9 @@ def test_no_configuration_spills():
     shape, table = "D:i32 H:i32 W:i32 T:i32", "s_x:*fp64 dz:*i32 dy:*i32 length:*fp64"
     rows = f"{masks} {where} K:i32 {shape}"
     tiles = [{"ROWS": 2048 // width, "WIDTH": width} for width in (16, 32, 64, 128, 256, 512, 1024)]
-    jobs = [job("_rows", rows, 8, **tile) for tile in tiles]
+    jobs = [job("_rows", rows, 16, **tile) for tile in tiles]
     jobs += [
-        job("_rows", rows.replace("W:i32", "W:i32:16"), 8, **tiles[-2]),
+        job("_rows", rows.replace("W:i32", "W:i32:16"), 16, **tiles[-2]),
         job("_compact", f"{where} ends:*i64 points:*i64 volume:i32 span:i32 T:i32", TILE=2048),
         job("_nearest", f"points:*i64 distances:*fp64 reach:*i16 ends:*i64 {table} {shape}",
             POINTS=surface.POINTS, OFFSETS=surface.OFFSETS),
