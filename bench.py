@@ -74,6 +74,16 @@ def interleave(contestants: dict[str, Callable[[], object]], rounds: int, device
                  ratio=float(np.median(t) / first)) for name, t in times.items()]
 
 
+def attempt(name: str, call: Callable[[], object], optional: bool):
+    """The first call of a contestant; None, and a line that says so, where an optional one fails."""
+    try:
+        return call()
+    except Exception as error:  # whatever stops it, the others are timed
+        if not optional:
+            raise
+        print(f"{name}: left out, {(str(error) or repr(error)).splitlines()[0]}")
+
+
 def memory(call: Callable[[], object]) -> float:
     """GPU memory in MB that a call takes at most beyond what lies there before it."""
     torch.cuda.reset_peak_memory_stats()
@@ -85,7 +95,6 @@ def memory(call: Callable[[], object]) -> float:
 def above_floor(contestants: dict[str, Contestant], flops: int, samples: int, args) -> list[dict]:
     """`interleave` for calls of so many operations and samples, with the floor of each dtype in the last rows."""
     torch.backends.cudnn.allow_tf32 = True
-    torch.set_float32_matmul_precision("high")
     side = 8192 if args.device.type == "cuda" else 2048
     factors = {dtype: torch.randn(side, side, device=args.device, dtype=dtype) for _, dtype in contestants.values()}
     everyone = contestants | {f"floor, {str(dtype)[6:]}": (lambda x=x: x @ x, dtype) for dtype, x in factors.items()}
@@ -137,16 +146,11 @@ def train(args) -> list[dict]:
     with FlopCounterMode(display=False) as counter:
         expected = contestant(peers.authors_step, torch.contiguous_format)[0]().item()
     for name, (call, dtype) in list(contestants.items()):
-        try:
-            feedback = call().item()
-        except Exception as error:  # whatever stops the compiler, the others are timed
-            if name != COMPILED:
-                raise
-            print(f"{name}: left out, {str(error).splitlines()[0]}")
+        feedback = attempt(name, call, optional=name == COMPILED)
+        if feedback is None:
             del contestants[name]
-            continue
-        if not math.isclose(feedback, expected, rel_tol=1e-2 if dtype == torch.float32 else 0.5):
-            raise BadInput(f"{name}: the first feedback is {feedback}, not {expected}; nothing is timed")
+        elif not math.isclose(feedback, expected, rel_tol=5e-2 if dtype == torch.float32 else 0.5):
+            raise BadInput(f"{name}: the first feedback is {feedback.item()}, not {expected}; nothing is timed")
     return above_floor(contestants, counter.get_total_flops(), cfg.batch_l + cfg.batch_u, args)
 
 
@@ -183,7 +187,7 @@ def infer(args) -> list[dict]:
         contestants[f"MONAI, {several} windows"] = monai, torch.float32
     with FlopCounterMode(display=False) as counter:
         expected = theirs()
-    others = {name: differing(name, call(), expected, 1e-3 if dtype == torch.float32 else 0.1)
+    others = {name: differing(name, call(), expected, 1e-3 if dtype == torch.float32 else 0.3)
               for name, (call, dtype) in contestants.items()}
     rows = above_floor(contestants, counter.get_total_flops(), 1, args)
     for row, n in zip(rows, others.values(), strict=False):  # the floor's rows have none
@@ -253,8 +257,11 @@ def surface(args) -> list[dict]:
         ("DisTorch (percentiles not pooled)", "distorch", peers.by_distorch, "cuda"),
     ) if installed(package) and where in ("cpu", args.device.type)}
     expected = peers.by_scipy(*masks)
-    for name, call in contestants.items():
-        if "DisTorch" not in name and any(not abs(call()[key] - value) <= 1e-9 for key, value in expected.items()):
+    for name, call in list(contestants.items()):
+        found = attempt(name, call, optional=not name.startswith("ours"))
+        if found is None:
+            del contestants[name]
+        elif "DisTorch" not in name and any(not abs(found[key] - value) <= 1e-9 for key, value in expected.items()):
             raise BadInput(f"{name}: another distance than SciPy's; nothing is timed")
     return interleave(contestants, args.rounds, args.device)
 
@@ -287,6 +294,7 @@ def main() -> None:
     for name, size in (SIZES[args.bench] | (LEFT_ATRIUM if on_gpu else {})).items():
         setattr(args, name, getattr(args, name) or size)
     torch.backends.cudnn.allow_tf32 = False  # for the checks
+    torch.backends.cuda.matmul.allow_tf32 = True  # for the floors, but from here on: compiled code is compiled for it
     rows = BENCHES[args.bench](args)
     width = max(len(row["name"]) for row in rows)
     for row in rows:

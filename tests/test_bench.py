@@ -137,6 +137,14 @@ def test_surface_refuses_other_distances(run, monkeypatch, capsys, wrong):
     assert "ours, CPU: another distance" in capsys.readouterr().err
 
 
+def test_a_peer_that_fails_is_left_out(run, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "installed", lambda package: package in ("medpy", "scipy"))
+    monkeypatch.setattr(peers, "by_medpy", lambda *_: [][0])
+    status, result = run("surface")
+    assert status == 0 and [row["name"][:5] for row in result["rows"]] == ["SciPy", "ours,"]
+    assert "MedPy: left out, list index out of range\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), 1.1])
 def test_dice_refuses_other_gradients(run, monkeypatch, capsys, wrong):
     right = peers.eager_loss
