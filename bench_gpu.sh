@@ -4,15 +4,15 @@
 #     while ./bench_gpu.sh runs/gpu; [ $? = 3 ]; do :; done       until everything is done
 #
 # The parts, in their order where none is named; each logs to OUT/PART.log:
-#     tests                                          the tests of the kernels and the faults, on the GPU
+#     tests                                          the tests of the kernels and of --deterministic, on the GPU
+#     train infer surface surface-large              bench.py, each to OUT/PART.json as well
 #     dice-float32-2 dice-float32-14 dice-bfloat16-2 dice-bfloat16-14
-#     surface surface-large train infer              bench.py, each to OUT/PART.json as well
-#     supervised-SEED reciprocal-SEED off-SEED       for each of SEEDS the left atrium at 20% labeled with the recipe's
-#                                                    settings: supervised, reciprocal learning, and that with
+#     reciprocal-SEED supervised-SEED off-SEED       for each of SEEDS the left atrium at 20% labeled with the recipe's
+#                                                    settings: reciprocal learning, supervised, and the first with
 #                                                    --feedback off; runs of reciprocal.py in OUT/PART
 # A call ends within LIMIT seconds, and starts no part in the last MARGIN of them. The next one skips the parts that
-# are done (OUT/PART.done), goes on with a training from its checkpoint, and does again what else was stopped or failed:
-# each part but the trainings has to fit into one call.
+# are done (OUT/PART.done), goes on with a training from its checkpoint, and begins again what else was cut off. What
+# failed, or was cut off twice, is not tried again (OUT/PART.failed) unless it is named.
 # Exit status: 0 all is done, 3 call again, 1 a part failed (the others were done), 2 no such part or no such device.
 #
 # Every call leaves in OUT/keep what is worth carrying away, in files of 15 MiB at most:
@@ -21,8 +21,12 @@
 #                          cat PART.pt.* >PART.pt; python reciprocal.py predict --checkpoint PART.pt -i scans/ -o masks/
 #
 # Variables: LA, the folder of the left-atrium data (default data/la); SEEDS ("1337 1338 1339"); LIMIT (500), MARGIN
-# (120); PYTHON (.venv/bin/python, else python3); DEVICE (cuda). For a rehearsal without GPU or data: BENCH_ARGS, more
-# arguments for bench.py, and TRAIN_ARGS, those of reciprocal.py instead of the left atrium's:
+# (120); PYTHON (.venv/bin/python, else python3); DEVICE (cuda); TRAIN_ARGS, arguments of reciprocal.py instead of the
+# left atrium's. By estimate, not yet measured, an H100 takes 10 minutes for tests and benches, and 25 to 45 for the
+# three trainings of a seed; with a quarter of their schedule, 8 to 12:
+#     SEEDS=1337 TRAIN_ARGS="--data la --root $LA --labeled 0.2 --iterations 1500 --pretrain 1500 --lr-step 625" \
+#         ./bench_gpu.sh OUT
+# For a rehearsal without GPU or data, BENCH_ARGS are more arguments for bench.py:
 #     DEVICE=cpu SEEDS=1 BENCH_ARGS="--patch 32 32 32 --filters 4 --depth 2 --rounds 1" TRAIN_ARGS="--data phantom" \
 #         ./bench_gpu.sh OUT
 #
@@ -72,17 +76,28 @@ do_part() {
         echo "$1: not begun, $left s are left"
         exit 3
     fi
-    timeout -k 10 "$left" "${@:2}" >>"$out/$1.log" 2>&1 &
+    # in the foreground it signals the command once: a second signal would not wait for the checkpoint
+    timeout --foreground -k 10 "$left" "${@:2}" >>"$out/$1.log" 2>&1 &
     child=$!
     wait $child
     status=$?
     echo "$1: status $status after $((SECONDS - start)) s"
     tail -n 12 "$out/$1.log"
     case $status in
-        0) touch "$out/$1.done" ;;
-        124) exit 3 ;;
-        *) failed+=("$1") ;;
+        0)
+            touch "$out/$1.done"
+            rm -f "$out/$1.failed"
+            return
+            ;;
+        124)
+            if [ -e "$out/$1/config.json" ] || [ ! -e "$out/$1.cut" ]; then
+                touch "$out/$1.cut"
+                exit 3
+            fi
+            ;;
     esac
+    touch "$out/$1.failed"
+    failed+=("$1")
 }
 
 bench() {
@@ -94,29 +109,37 @@ learn() {
         do_part "$1" "$python" reciprocal.py --resume "$out/$1"
     else
         rm -rf "${out:?}/$1"
-        do_part "$1" "$python" reciprocal.py "${train_args[@]}" "${@:2}" --seed "${1##*-}" --device "$device" \
-            --out "$out/$1"
+        # checkpoints and points of the curve minutes apart, as an iteration takes some hundredths of a second
+        do_part "$1" "$python" reciprocal.py --log-every 50 --eval-every 2000 --save-every 2000 "${train_args[@]}" \
+            "${@:2}" --seed "${1##*-}" --device "$device" --out "$out/$1"
     fi
 }
 
 parts=("$@")
 if [ $# = 0 ]; then
-    parts=(tests dice-float32-2 dice-float32-14 dice-bfloat16-2 dice-bfloat16-14 surface surface-large train infer)
+    parts=(tests train infer dice-float32-2 dice-float32-14 dice-bfloat16-2 dice-bfloat16-14 surface surface-large)
     for seed in ${SEEDS:-1337 1338 1339}; do
-        parts+=("supervised-$seed" "reciprocal-$seed" "off-$seed")
+        parts+=("reciprocal-$seed" "supervised-$seed" "off-$seed")
     done
 fi
-failed=()
+named=$# failed=()
 child=
 trap pack EXIT
 trap 'kill $child; wait $child; exit 3' INT TERM
 for part in "${parts[@]}"; do
     [ ! -e "$out/$part.done" ] || continue
+    if [ "$named" = 0 ] && [ -e "$out/$part.failed" ]; then
+        failed+=("$part")
+        continue
+    fi
     IFS=- read -r _ dtype classes <<<"$part"
     case $part in
         tests)
             "$python" -c 'import sys, torch; torch.empty(1, device=sys.argv[1])' "$device" || exit 2
-            do_part tests "$python" -m pytest tests/test_dice.py tests/test_surface.py tests/test_faults.py
+            workers=()  # compiling for each test takes most of the time
+            "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+            do_part tests "$python" -m pytest "${workers[@]}" tests/test_dice.py tests/test_surface.py \
+                tests/test_metrics.py::test_gpu_agrees tests/test_faults.py::test_deterministic_on_a_gpu
             ;;
         dice-*-*) bench "$part" dice --dtype "$dtype" --classes "$classes" ;;
         surface | infer) bench "$part" "$part" ;;

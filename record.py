@@ -98,6 +98,7 @@ def environment(device: torch.device) -> dict:
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         commit = subprocess.run(describe, cwd=here, text=True, capture_output=True, check=False).stdout.strip()
     return dict(commit=commit, command=" ".join(sys.argv), python=platform.python_version(), torch=torch.__version__,
+                triton=getattr(sys.modules.get("triton"), "__version__", None), cudnn=torch.backends.cudnn.version(),
                 numpy=np.__version__, platform=platform.platform(), threads=torch.get_num_threads(),
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
 

@@ -172,7 +172,7 @@ def test_a_turn_is_as_many_calls_as_fill_it(monkeypatch):
     assert [round(row["ms"], 6) for row in rows] == [1, 1000] and round(rows[1]["ratio"], 6) == 1000
 
 
-def test_bench_gpu_skips_what_is_done_and_stops_in_time(tmp_path):
+def test_bench_gpu_skips_what_is_done_or_failed_and_stops_in_time(tmp_path):
     def call(*parts, **variables):
         settings = [f"{name}={value}" for name, value in variables.items()]
         done = subprocess.run(["env", *settings, ROOT / "bench_gpu.sh", tmp_path, *parts], text=True,
@@ -186,5 +186,13 @@ def test_bench_gpu_skips_what_is_done_and_stops_in_time(tmp_path):
     status, text = call("infer", "dice-float32-2", "train", PYTHON="false")
     assert status == 1 and text.endswith("failed: infer dice-float32-2\n")
     assert call("infer", PYTHON="true")[0] == 0 and (tmp_path / "infer.done").exists()
+    assert not (tmp_path / "infer.failed").exists() and (tmp_path / "dice-float32-2.failed").exists()
+    asleep = tmp_path / "asleep"
+    asleep.write_text("#!/bin/sh\nexec sleep 60\n")
+    asleep.chmod(0o755)
+    assert [call("surface", PYTHON=asleep, LIMIT=2, MARGIN=1)[0] for _ in range(2)] == [3, 1]  # cut off twice
+    for part in ("tests", "surface-large", "dice-float32-14", "dice-bfloat16-2", "dice-bfloat16-14"):
+        (tmp_path / f"{part}.done").touch()
+    assert call(PYTHON="true", SEEDS=" ") == (1, "failed: dice-float32-2 surface\n")  # unless named, not tried again
     assert call("nothing") == (2, "error: no part nothing; the header of this file lists them\n")
     assert (tmp_path / "keep" / "results.tar.gz.aa").exists()
