@@ -430,7 +430,7 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
                 dice = curve_point(cfg, dataset, {name: nets[name] for name in stage.nets if name in NETWORKS})
                 lines.append(dict(stage=stage.name, iteration=done, dice=dice))
             if devices.RANK == 0:
-                record.append_log(run / "log.jsonl", lines)
+                record.append_log(run / "log.jsonl", lines, lasting="save" in due)
                 text = record.progress(lines)
                 bar.set_postfix_str(text)
                 if QUIET and ("eval" in due or done % (cfg.log_every * 20) == 0):

@@ -184,11 +184,13 @@ def rewind_log(path: Path, stages: list[str], saved: dict | None) -> None:
     write(path, "".join(kept))
 
 
-def append_log(path: Path, lines: list[dict]) -> None:
+def append_log(path: Path, lines: list[dict], lasting: bool) -> None:
+    """`lasting`, which takes its time, before a checkpoint that is past these lines."""
     with writing(path), open(path, "a") as log:
         log.writelines(json.dumps(line) + "\n" for line in lines)
         log.flush()
-        os.fsync(log.fileno())  # before the checkpoint that is past these lines
+        if lasting:
+            os.fsync(log.fileno())
 
 
 def read_scalars(pending: list[dict]) -> list[dict]:

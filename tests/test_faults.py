@@ -363,9 +363,9 @@ def test_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path):
 
 def test_log_that_does_not_fit_is_told_and_rewound(tmp_path):
     path, lines = tmp_path / "log.jsonl", [dict(stage="mt", iteration=i, loss=0.1) for i in range(1, 2000)]
-    record.append_log(path, lines[:9])
+    record.append_log(path, lines[:9], lasting=True)
     with files_of_at_most(50_000), pytest.raises(BadInput, match="log.jsonl: cannot be written.*too large"):
-        record.append_log(path, lines[9:])
+        record.append_log(path, lines[9:], lasting=True)
     assert not path.read_text().endswith("\n")  # a torn line
     record.rewind_log(path, ["mt"], dict(stage=0, iteration=7))
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:7]
