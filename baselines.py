@@ -181,9 +181,10 @@ def sassnet_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
     loss_l = named_loss("dice", logits[:n], batch["y_l"])
     loss_map = F.mse_loss(maps[:n], signed_distance(batch["y_l"], maps.shape[1]))
     labeled = torch.arange(len(x), device=x.device) < n
-    loss_u = F.cross_entropy(discriminator(maps[n:], batch["x_u"]), torch.ones_like(labeled[n:], dtype=torch.long))
+    judged = discriminator.eval()(maps[n:], batch["x_u"])  # without its dropout
+    loss_u = F.cross_entropy(judged, torch.ones_like(labeled[n:], dtype=torch.long))
     descend(optimizers[0], loss_l + 0.3 * loss_map + 0.01 * ramp(batch, stairs=40) * loss_u)
-    loss_d = F.cross_entropy(discriminator(maps.detach(), x), labeled.long())
+    loss_d = F.cross_entropy(discriminator.train()(maps.detach(), x), labeled.long())
     descend(optimizers[1], loss_d)
     scalars = dict(loss_l=loss_l, loss_u=loss_u, loss_map=loss_map, loss_discriminator=loss_d)
     return {name: value.detach() for name, value in scalars.items()}

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 def authors_step(nets, optimizers, batch, cfg) -> dict:
     """The step as the authors' code performs it: four forward and four backward passes, the teacher's losses one
-    backward each, every set of gradients copied, the feedback read back to the host."""
+    backward each, every set of gradients copied."""
     (teacher, student), (t_optimizer, s_optimizer) = nets, optimizers
 
     def gradients(net, loss, retain=False):
@@ -26,13 +26,13 @@ def authors_step(nets, optimizers, batch, cfg) -> dict:
     g_u = gradients(student, F.cross_entropy(student(batch["x_u"]), pseudo_label))
     s_optimizer.step()
     g_l = gradients(student, F.cross_entropy(student(batch["x_l"]), batch["y_l"].long()))
-    h = cfg.lr * sum((u * v).sum().item() for u, v in zip(g_u, g_l, strict=True))
+    h = cfg.lr * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
     g_t = gradients(teacher, F.cross_entropy(teacher(batch["x_l"]), batch["y_l"].long()))
     g_h = gradients(teacher, h * F.cross_entropy(t_logits_u, pseudo_label))
     for p, one, other in zip(teacher.parameters(), g_t, g_h, strict=True):
         p.grad = one + other
     t_optimizer.step()
-    return {"feedback": torch.tensor(h)}
+    return {"feedback": h}
 
 
 def authors_segment(net, image: np.ndarray, patch, stride) -> np.ndarray:

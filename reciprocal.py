@@ -75,7 +75,7 @@ class Config:
     patch: tuple = flag((112, 112, 80), "voxels a side, each a multiple of 2 ** depth")
     batch_l: int = flag(2, "labeled patches a step")
     batch_u: int = flag(2, "unlabeled patches a step; a supervised step takes batch_l + batch_u labeled ones")
-    optimizer: str = flag("sgd", "SGD with momentum 0.9, or Adam; weight decay 1e-4", ("sgd", "adam"))
+    optimizer: str = flag("sgd", "SGD with momentum 0.9 and weight decay 1e-4, or Adam", ("sgd", "adam"))
     lr: float = flag(0.01, "learning rate")
     schedule: str = flag("step", "lr * 0.1 every lr_step, or lr * (1 - t/T) ** 0.9", ("step", "poly"))
     lr_step: int = flag(2500, "iterations between two steps of the schedule `step`; in proportion more for a "
@@ -387,7 +387,7 @@ def make_optimizer(cfg: Config, net: nn.Module) -> Optimizer:
     if not isinstance(net, VNet):
         return net.optimizer()  # a method's own network brings its own
     if cfg.optimizer == "adam":
-        return torch.optim.Adam(net.parameters(), lr=cfg.lr, weight_decay=1e-4)
+        return torch.optim.Adam(net.parameters(), lr=cfg.lr)
     return torch.optim.SGD(net.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=1e-4)
 
 

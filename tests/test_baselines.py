@@ -252,12 +252,13 @@ def test_each_player_leaves_the_other_alone(monkeypatch):
 
 
 def test_discriminator_learns_which_patches_have_labels(monkeypatch):
-    """Its targets are 1 for labeled patches, 0 for the others; the student plays for 1."""
+    """Its targets are 1 for labeled patches, 0 for the others; the student plays for 1, against no dropout."""
     nets, optimizers, batch, cfg = players("sassnet")
-    targets, cross_entropy = [], F.cross_entropy
+    targets, modes, cross_entropy = [], [], F.cross_entropy
+    nets[1].register_forward_hook(lambda net, *_: modes.append(net.training))
     monkeypatch.setattr(F, "cross_entropy", lambda x, y: targets.append(y.tolist()) or cross_entropy(x, y))
     METHODS["sassnet"].step(nets, optimizers, batch, cfg)
-    assert targets == [[1, 1], [1, 1, 0, 0]]
+    assert targets == [[1, 1], [1, 1, 0, 0]] and modes == [False, True]
 
 
 def test_adversary_reaches_the_student_through_the_maps():
