@@ -6,10 +6,10 @@
     sassnet      shape-aware adversarial network: Li, Zhang and He, MICCAI 2020
     tcsm         transformation-consistent self-ensembling: Li et al., IEEE TNNLS 2021
 
-A step takes its networks and their optimizers in the order of `METHODS`, updates them in place and returns scalars
+A step takes its networks and their optimizers in the order of `COMPARISONS`, updates them in place and returns scalars
 that stay on the device. Its batch has x_l (B_l, C, D, H, W), y_l (B_l, D, H, W), x_u (B_u, C, D, H, W), and where the
-run stands: `iteration` of `iterations`. Settings are those of the left-atrium literature; what it counts in iterations
-of its 6000 is here a share of the run, so that a short run has the whole ramp.
+run stands: `iteration` of `iterations`. Settings are those of the left-atrium literature; what it counts in its 6000
+iterations is here a share of the run, so that a short run has the whole ramp.
 """
 
 import itertools
@@ -27,9 +27,9 @@ import devices
 from kernels.dice import LOSSES, dice_ce
 
 
-def named_loss(name: str, logits: Tensor, label: Tensor, scale: Tensor | None = None) -> Tensor:
-    """`dice_ce` by the name of a flag, of the batch of all ranks."""
-    return dice_ce(logits, label, **LOSSES[name], scale=scale, group=devices.group())
+def named_loss(name: str, logits: Tensor, label: Tensor) -> Tensor:
+    """`dice_ce` with the weights of a flag's `name`, over the patches of all ranks."""
+    return dice_ce(logits, label, **LOSSES[name], group=devices.group())
 
 
 def gradients_of(loss: Tensor, weights: list[Tensor]) -> Sequence[Tensor]:
@@ -70,7 +70,7 @@ def averaged_step(nets, optimizers, batch: dict, cfg, consistency: Callable) -> 
     loss_l = named_loss(cfg.supervised_loss, logits[: len(batch["x_l"])], batch["y_l"])
     loss_u = consistency(logits.softmax(1), x, teacher)
     descend(optimizers[0], loss_l + 0.1 * ramp(batch, stairs=40) * loss_u)
-    decay = min(1 - 1 / (batch["iteration"] + 1), 0.99)  # 0 at first: the teacher begins as the student
+    decay = min(1 - 1 / (batch["iteration"] + 1), 0.99)  # 0 at first: the teacher becomes the student
     with torch.no_grad():
         get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(student.parameters()), None)
     return dict(loss_l=loss_l.detach(), loss_u=loss_u.detach())
@@ -89,7 +89,7 @@ def mt_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
 
 def uamt_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
     """The same where the teacher is certain: where the entropy of its mean over 8 passes with dropout is below a
-    threshold, which rises to that of a coin of all classes."""
+    threshold, which rises from three quarters of ln(classes), that of a uniform guess, to the whole."""
 
     def consistency(probs, x, teacher):
         with torch.no_grad():
@@ -97,15 +97,15 @@ def uamt_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
             mean = sum(teacher(noisy(batch["x_u"])).softmax(1) for _ in range(8)) / 8
             certain = entropy(mean) < (0.75 + 0.25 * ramp(batch)) * math.log(mean.shape[1])  # (B_u, 1, D, H, W)
         square = (probs[-len(target) :] - target) ** 2
-        (voxels,) = devices.average([certain.sum().float()])  # of all ranks
+        (voxels,) = devices.average([certain.sum().float()])  # the mean over ranks, as gradients are averaged
         return (certain * square).sum() / (mean.shape[1] * voxels + 1e-16)
 
     return averaged_step(nets, optimizers, batch, cfg, consistency)
 
 
 def tcsm_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
-    """To turn the student's answer is to answer what is turned: on all patches, labeled ones too. The gradient flows
-    through the student's turned probabilities; the released code computes both sides without any."""
+    """The student's prediction, turned, has to match the teacher's for the turned patch: labeled patches too. The
+    gradient flows through the student's turned probabilities; the released code computes both sides without any."""
 
     def consistency(probs, x, teacher):
         turn = random_transform(x.shape)
@@ -192,7 +192,7 @@ def sassnet_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
 
 def signed_distance(label: Tensor, maps: int) -> Tensor:
     """Of labels (B, D, H, W) with classes 1 to `maps`: (B, maps, D, H, W) float32 in [-1, 1], negative inside, 0 on
-    the innermost border, each side divided by its largest distance; 0 where a patch has no such border."""
+    the object's outermost voxels, each side divided by its largest distance; 0 where a patch has no such border."""
     mask = torch.stack([label == value for value in range(1, maps + 1)], 1)
     there, back = (squared_distance(side).sqrt() for side in (mask, ~mask))  # to the object, and out of it
     outside, inside = (d / d.amax((2, 3, 4), keepdim=True).clamp(min=1) for d in (there, back))
@@ -228,7 +228,7 @@ class Method:
     patch: int = 1  # voxels a side that a patch has at least
 
 
-METHODS = {
+COMPARISONS = {
     "supervised": Method(supervised_step, ("student",), unlabeled=False),
     "mt": Method(mt_step),
     "uamt": Method(uamt_step, dropout=True),

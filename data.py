@@ -33,7 +33,6 @@ from tqdm import tqdm
 import devices
 from cli import BadInput, Parser, cli
 from files import read_h5, read_nifti
-from files import write_label as write_label  # read and written by one name, data
 from phantom import scan
 
 

@@ -25,7 +25,7 @@ from scipy.spatial import cKDTree
 
 import stats
 from cli import BadInput, Parser, cli
-from data import read_nifti
+from files import read_nifti
 from stats import DISTANCES, METRICS
 
 REACH = 24  # voxels around a column within which others are searched, along the finer axis

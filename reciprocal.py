@@ -32,10 +32,11 @@ import data
 import devices
 import metrics
 import record
-from baselines import METHODS, descend, gradients_of, named_loss, supervised_step, update
+from baselines import COMPARISONS, descend, gradients_of, named_loss, supervised_step, update
 from cli import BadInput, Parser, add_flags, cli, flag, make_folder
 from data import PRESETS
 from devices import Norm, Pointwise, ReLU
+from files import write_label
 
 NETWORKS = ("student", "teacher")  # those that segment
 QUIET = devices.RANK > 0 or not sys.stderr.isatty()  # plain lines instead of progress bars where nobody watches them
@@ -54,7 +55,7 @@ class Config:
     out: str = flag("", "the run's folder (default: a new one in runs/)")
     seed: int = flag(1, "seed of the weights, the patches and the dropout")
 
-    method: str = flag("reciprocal", "how to train", ("reciprocal", *METHODS))
+    method: str = flag("reciprocal", "how to train", ("reciprocal", *COMPARISONS))
     preset: str = flag("strong", "the paper's settings to the letter, or the stronger default", ("paper", "strong"))
     loss: str = flag("dice+ce", "loss of the reciprocal steps", ("ce", "dice", "dice+ce"))
     supervised_loss: str = flag("dice+ce", "loss of `supervised` and of pre-training", ("ce", "dice", "dice+ce"))
@@ -106,10 +107,11 @@ class Config:
         """Itself, or BadInput on values that no run can have."""
         positive = ("batch_l", "batch_u", "filters", "windows", "lr_step", "log_every", "eval_every", "save_every")
         low = [name for name in ("iterations", "pretrain", "eval_cases", "seed", "noise", "depth", *positive)
-               if not getattr(self, name) >= (name in positive)]  # nor NaN
+               if not getattr(self, name) >= int(name in positive)]  # so written, NaN is too low
         if low:
             raise BadInput(f"--{low[0].replace('_', '-')} {getattr(self, low[0])}: too low")
-        side, least = 2**self.depth, max(2**self.depth, getattr(METHODS.get(self.method), "patch", 1))
+        least = COMPARISONS[self.method].patch if self.method in COMPARISONS else 1
+        side, least = 2**self.depth, max(2**self.depth, least)
         if any(p % side or p < least for p in self.patch):
             raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
                            f"2 ** depth, and at least {least}; choose such sides or a smaller --depth")
@@ -128,7 +130,8 @@ class VNet(nn.Module):
     with BatchNorm, strided convolutions between the levels, skips that are added.
 
     (B, channels, D, H, W) to logits (B, classes, D, H, W), every side a multiple of 2 ** depth. One channel, two
-    classes, 16 filters and depth 4 are 9,448,866 parameters. In training a method's `maps` follow the logits."""
+    classes, 16 filters and depth 4 are 9,448,866 parameters. In training SASSNet's `maps` of distances follow the
+    logits."""
 
     CONVS = (1, 2, 3, 3, 3)  # convolutions a level, from the full resolution down; deeper levels have 3
 
@@ -139,12 +142,12 @@ class VNet(nn.Module):
         convs = (self.CONVS + (3,) * depth)[: depth + 1]
         width = [filters * 2**level for level in range(depth + 1)]
 
+        def unit(conv: nn.Module) -> nn.Sequential:
+            return nn.Sequential(conv, Norm(conv.out_channels), ReLU())
+
         def block(n: int, before: int, after: int) -> nn.Sequential:
             ins = [before] + [after] * (n - 1)
             return nn.Sequential(*(unit(nn.Conv3d(i, after, 3, padding=1)) for i in ins))
-
-        def unit(conv: nn.Module) -> nn.Sequential:
-            return nn.Sequential(conv, Norm(conv.out_channels), ReLU())
 
         pairs = list(itertools.pairwise(width))
         self.encoder = nn.ModuleList(map(block, convs, [channels] + width[1:], width))
@@ -171,22 +174,25 @@ class VNet(nn.Module):
 def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, cfg: Config) -> dict[str, Tensor]:
     """One iteration of reciprocal learning: networks and optimizers of (teacher, student), updated in place.
 
-    batch: x_l (B_l, C, D, H, W), y_l (B_l, D, H, W); x_u (B_u, C, D, H, W); for `--lesson both` x_s and y_s, other
-    labeled patches for the student, so that the exam on x_l is never about what it has just been shown.
+    batch: x_l (B_l, C, D, H, W), y_l (B_l, D, H, W); x_u (B_u, C, D, H, W); for `--lesson both` x_s and y_s, labeled
+    patches for the student that are not those of its exam, x_l; `iteration`, the number of the step.
     Returns scalars that stay on the device. The feedback is Meta Pseudo Labels' eq. 12 (arXiv 2003.10580):
 
         h = lr * <g_u, g_l>,    theta_T <- step(grad of [ L(T(x_l), y_l) + h * CE(T(x_u), pseudo_label) ])
 
-    To first order h is the fall of the exam loss that the lesson caused: where the lesson helped (h > 0) the teacher
-    is sharpened toward its pseudo label, where it did harm (h < 0) it is pushed away. The identity holds for pseudo
-    labels sampled from the teacher; argmax, as in the paper, is biased (tests/test_reciprocal.py shows both)."""
+    For a plain gradient step h is, to first order, the fall of the exam loss that the lesson caused (momentum and Adam
+    go further than lr * g_u): where the lesson helped (h > 0) the teacher is sharpened toward its pseudo label, where
+    it did harm (h < 0) it is pushed away. Over pseudo labels *sampled* from the teacher the mean of h * CE's gradient
+    is the gradient of the exam loss, divided by the number of voxels, over which CE is a mean; the paper's argmax is
+    biased, and the division makes the feedback a whisper (tests/test_reciprocal.py shows the first two)."""
     (teacher, student), (t_optimizer, s_optimizer) = nets, optimizers
     s_weights = list(student.parameters())
 
     def loss(logits: Tensor, label: Tensor) -> Tensor:
         return named_loss(cfg.loss, logits, label)
 
-    t_logits_u = teacher(batch["x_u"])  # (B_u, classes, D, H, W), graph kept for the feedback
+    with torch.set_grad_enabled(cfg.feedback != "off"):  # the graph is kept for the feedback
+        t_logits_u = teacher(batch["x_u"])  # (B_u, classes, D, H, W)
     pseudo_label = t_logits_u.detach().argmax(1).to(torch.uint8)  # (B_u, D, H, W)
     if cfg.feedback == "difference":
         with torch.no_grad(), exam(student, dropout=False):
@@ -202,8 +208,8 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
 
     # 2. The exam: the updated student on true labels. A gradient only: nothing is learned from it.
     if cfg.feedback != "off":
-        measured = cfg.feedback == "difference"
-        with torch.set_grad_enabled(not measured), exam(student, dropout=not measured):
+        scalar = cfg.feedback != "difference"
+        with torch.set_grad_enabled(scalar), exam(student, dropout=scalar):
             loss_exam = loss(student(batch["x_l"]), batch["y_l"])
 
     # 3. The feedback h. The labeled part of the lesson owes nothing to the pseudo label: the scalar credits g_u alone.
@@ -215,16 +221,14 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
             feedback = feedback * np.random.default_rng([cfg.seed, batch["iteration"]]).choice((-1.0, 1.0))
     elif cfg.feedback == "difference":
         feedback = loss_before - loss_exam
-    else:
-        feedback = loss_exam = torch.zeros((), device=loss_u.device)
 
     # 4. The teacher: the labels and the feedback. Its gradient is linear in both, so one backward serves them.
-    loss_l = loss(teacher(batch["x_l"]), batch["y_l"])
-    loss_t = loss_l
+    loss_t = loss_l = loss(teacher(batch["x_l"]), batch["y_l"])
+    scalars = dict(loss_l=loss_l, loss_u=loss_u)
     if cfg.feedback != "off":
-        loss_t = loss_l + named_loss("ce", t_logits_u, pseudo_label, scale=feedback)
+        loss_t = loss_l + feedback * named_loss("ce", t_logits_u, pseudo_label)
+        scalars |= dict(loss_exam=loss_exam, feedback=feedback)
     descend(t_optimizer, loss_t)
-    scalars = dict(loss_l=loss_l, loss_u=loss_u, loss_exam=loss_exam, feedback=feedback)
     return {name: value.detach() for name, value in scalars.items()}
 
 
@@ -312,20 +316,20 @@ class Stage:
 def stages(cfg: Config) -> list[Stage]:
     """What a run does. A comparison method takes as many iterations as the reciprocal run of the same Config in all
     (or `budget`), so that none is short of training."""
-    both, supervised = dict(l=cfg.batch_l, u=cfg.batch_u), dict(l=cfg.batch_l + cfg.batch_u)
-    if method := METHODS.get(cfg.method):
+    mixed, supervised = dict(l=cfg.batch_l, u=cfg.batch_u), dict(l=cfg.batch_l + cfg.batch_u)
+    if method := COMPARISONS.get(cfg.method):
         *pretrain, main = stages(replace(cfg, method="reciprocal"))
         more = 1.0
-        if cfg.budget == "patches":  # x_l and x_u train the teacher, x_u and x_s the student, x_l its exam
-            more = 2 + main.patches.get("s", 0) / sum(supervised.values())
+        if cfg.budget == "patches":  # a step's are x_l and x_u of the teacher, x_u and x_s of the student, x_l its exam
+            more = 2 + main.patches.get("s", 0) / sum(mixed.values())
         total = sum(stage.iterations for stage in pretrain) + round(more * main.iterations)
-        return [Stage(cfg.method, method.step, method.nets, total, both if method.unlabeled else supervised)]
+        return [Stage(cfg.method, method.step, method.nets, total, mixed if method.unlabeled else supervised)]
     needed = dict(teacher=not cfg.teacher_from, student=cfg.student_start == "pretrained" and not cfg.student_from)
     pretrain = [Stage(f"pre-training of the {name}", supervised_step, (name,), cfg.pretrain, supervised)
                 for name in needed if needed[name]]
     if cfg.lesson == "both":
-        both["s"] = cfg.batch_l
-    return [*pretrain, Stage("reciprocal", reciprocal_step, ("teacher", "student"), cfg.iterations, both)]
+        mixed["s"] = cfg.batch_l
+    return [*pretrain, Stage("reciprocal", reciprocal_step, ("teacher", "student"), cfg.iterations, mixed)]
 
 
 def reseed(*numbers: int) -> None:
@@ -334,14 +338,14 @@ def reseed(*numbers: int) -> None:
 
 
 def build(cfg: Config, name: str, channels: int, classes: int) -> nn.Module:
-    method = METHODS.get(cfg.method, METHODS["supervised"])  # reciprocal learning asks nothing of its networks
+    method = COMPARISONS.get(cfg.method, COMPARISONS["supervised"])  # reciprocal learning asks nothing of its networks
     if name in method.own:
         return method.own[name](channels, classes - 1, cfg.filters)
     return VNet(channels, classes, cfg.filters, cfg.depth, cfg.dropout or method.dropout, method.maps * (classes - 1))
 
 
 def networks(cfg: Config, dataset: data.Dataset, device: torch.device, saved: dict | None) -> dict[str, nn.Module]:
-    nets = {}
+    nets = {}  # the student first: the same seed gives it the same weights, whatever the method
     for number, name in enumerate(dict.fromkeys(["student", *(name for stage in stages(cfg) for name in stage.nets)])):
         reseed(cfg.seed, number)
         net = build(cfg, name, dataset.channels, len(dataset.classes))
@@ -358,20 +362,21 @@ def networks(cfg: Config, dataset: data.Dataset, device: torch.device, saved: di
 def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, iteration: int, device) -> dict:
     """The patches of one step; they depend on the seed, the stage and the iteration alone."""
 
-    def patches(cases: list[data.Case], n: int, role: int, labeled: bool = True):
+    batch, sizes = dict(iteration=iteration, iterations=stage.iterations, cases=[]), stage.patches.copy()
+
+    def draw(cases: list[data.Case], n: int, role: int, labeled: bool = True):
         counters = dict(seed=cfg.seed, stream=2 * number + role, iteration=iteration)
         batch["cases"] += [case.name for case in data.chosen(cases, n, **counters)]
         image, label = data.draw(cases, n, cfg.patch, **counters, augment=cfg.augment, noise=cfg.noise,
                                  labeled=labeled, device=device)
-        return image.to(memory_format=torch.channels_last_3d), label  # `contiguous` would leave one channel as it is
+        return image.to(memory_format=torch.channels_last_3d), label  # `contiguous` ignores strides of one channel
 
-    batch, labeled = dict(iteration=iteration, iterations=stage.iterations, cases=[]), stage.patches.copy()
-    if n := labeled.pop("u", 0):
-        batch["x_u"], _ = patches(dataset.unlabeled, n, 1, labeled=False)
+    if n := sizes.pop("u", 0):
+        batch["x_u"], _ = draw(dataset.unlabeled, n, 1, labeled=False)
     # One draw without replacement: the exam's cases are not those of the lesson while there are enough of them.
-    sizes = [n // devices.WORLD for n in labeled.values()]
-    images, labels = (x.split(sizes) for x in patches(dataset.labeled, sum(labeled.values()), 0))
-    for part, image, label in zip(labeled, images, labels, strict=True):
+    shares = [n // devices.WORLD for n in sizes.values()]
+    images, labels = (x.split(shares) for x in draw(dataset.labeled, sum(sizes.values()), 0))
+    for part, image, label in zip(sizes, images, labels, strict=True):
         batch |= {f"x_{part}": image, f"y_{part}": label}
     return batch
 
@@ -379,7 +384,8 @@ def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, it
 def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
     if cfg.schedule == "poly":
         return cfg.lr * (1 - iteration / iterations) ** 0.9
-    longer = iterations / max(cfg.iterations, 1) if cfg.method in METHODS else 1  # one stage has all the iterations
+    # a comparison method's only stage spans the whole run: its steps are longer in proportion
+    longer = iterations / max(cfg.iterations, 1) if cfg.method in COMPARISONS else 1
     return cfg.lr * 0.1 ** (iteration // (cfg.lr_step * max(longer, 1)))
 
 
@@ -411,7 +417,7 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             for net, optimizer in zip(trained, optimizers, strict=True):
                 if isinstance(net, VNet):
                     optimizer.param_groups[0]["lr"] = lr
-            reseed(cfg.seed, number, iteration + 1, devices.RANK)  # iteration 0 stands for the weights
+            reseed(cfg.seed, number, iteration + 1, devices.RANK)  # with 0 these are the weights' numbers
             batch = make_batch(cfg, dataset, number, stage, iteration, device)
             with devices.autocast(cfg.amp, device):
                 scalars = stage.step(trained, optimizers, batch, cfg)
@@ -483,7 +489,7 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
                     scores[-1] += [dict(set=name, network=network, case=case.name) | row for row in found]
                 if network == "student":
                     path = run / record.PREDICTED[name] / f"{case.name}.nii.gz"
-                    data.write_label(path, label.cpu(), case.affine)
+                    write_label(path, label.cpu(), case.affine)
         rows += itertools.chain(*devices.gather(scores))
     return rows
 
@@ -585,7 +591,7 @@ def predict(arguments: list[str]) -> None:
             if len(case.image) != saved["channels"]:
                 raise BadInput(f"{paths[0]}: {len(case.image)} channels, the network takes {saved['channels']}")
             label = predict_label(net, case.to(device).volume(), cfg)
-            data.write_label(target / f"{name}.nii.gz", label.cpu(), case.affine)
+            write_label(target / f"{name}.nii.gz", label.cpu(), case.affine)
         except BadInput as error:
             failed.append(str(error))
     print(f"{len(images) - len(failed)} of {len(images)} images predicted into {target}")

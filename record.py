@@ -20,6 +20,7 @@ import devices
 import report
 import stats
 from cli import BadInput, make_folder, write, writing
+from files import read_nifti
 
 try:
     import fcntl
@@ -246,7 +247,7 @@ def panels(dataset: data.Dataset, rows: list[dict], run: Path) -> list[tuple]:
     known = sorted((np.mean(dice[case.name]), i) for i, case in enumerate(cases[name]) if dice[case.name])
     chosen = [known[i] for i in sorted({0, len(known) // 2, len(known) - 1})] if known else [
         (np.nan, i) for i in range(min(3, len(cases[name])))]
-    read = lambda case: data.read_nifti(run / PREDICTED[name] / f"{case.name}.nii.gz")[0]  # noqa: E731
+    read = lambda case: read_nifti(run / PREDICTED[name] / f"{case.name}.nii.gz")[0]  # noqa: E731
     return [(name, mean, cases[name][i].to("cpu"), read(cases[name][i])) for mean, i in chosen]
 
 

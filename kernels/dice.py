@@ -8,15 +8,15 @@ count: those whose label is a class and not the ignored value. All sums run over
     CE   = 1/N sum_v (log sum_k exp(z_k) - z_y)
     I_c  = sum_v p_c t_c       S_c = sum_v p_c^2 ("batch") or sum_v p_c ("sample")       T_c = sum_v t_c
     D_c  = (2 I_c + e) / (S_c + T_c + e),  e = 1e-5
-    loss = scale (ce CE + dice mean(1 - D_c))
+    loss = ce CE + dice mean(1 - D_c)
 
 The mean runs over K = the classes ("batch": each summed over the whole batch) or over K = samples x classes
 ("sample"). With U_c = S_c + T_c + e the quotient rule gives
 
     dloss/dp_c = g_c = a_c t_c + b_c p_c ("batch") or a_c t_c + b_c ("sample"),
-    a_c = -2 dice scale / (K U_c),    b_c = dice scale D_c / (K U_c), twice that for "batch",
+    a_c = -2 dice / (K U_c),    b_c = dice D_c / (K U_c), twice that for "batch",
 
-and the chain through the softmax, dp_k/dz_c = p_k ([k = c] - p_c), with w = ce scale / N,
+and the chain through the softmax, dp_k/dz_c = p_k ([k = c] - p_c), with w = ce / N,
 
     dloss/dz_c = p_c (g_c - sum_k p_k g_k) + w (p_c - t_c).
 
@@ -59,7 +59,6 @@ def reference(
     form: str = "batch",
     background: bool = False,
     ignore: int | None = None,
-    scale: Tensor | None = None,
     group=None,
 ) -> Tensor:
     """The same loss in plain PyTorch, differentiable, on any device; float64 stays float64. See `dice_ce`."""
@@ -87,8 +86,7 @@ def reference(
             size = whole((p * p if form == "batch" else p).sum(axes) + t.sum(axes))
             losses.append(1 - (2 * whole((p * t).sum(axes)) + EPSILON) / (size + EPSILON))
     loss = ce * whole(nll) / whole(counted.sum()).clamp(min=1)
-    loss = loss + dice * torch.stack(losses).mean() if dice else loss
-    return loss if scale is None else loss * scale.detach()
+    return loss + dice * torch.stack(losses).mean() if dice else loss
 
 
 def launch(classes: int, itemsize: int, form: str, background: bool) -> tuple[dict, dict]:
@@ -171,14 +169,13 @@ if triton:
 
     @triton.jit
     def _finish(
-        sums, loss, coef, scale, dice, ce, epsilon, groups, columns,
+        sums, loss, coef, dice, ce, epsilon, groups, columns,
         C: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, SQUARE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """The partial sums in fixed order, to the loss and to coef: a_c and b_c of each group, then w.
         A group, `columns` of sums, is the whole batch or a sample."""
         c = tl.arange(0, WIDTH)
         used = (c >= FIRST) & (c < C)
-        factor = tl.load(scale).to(tl.float32) if scale is not None else 1.0
         mean = 1.0 / (groups * (C - FIRST))
         row = groups * columns
         lost = tl.zeros([WIDTH], tl.float32)
@@ -200,15 +197,15 @@ if triton:
             count_c = tl.sum(count, 1)
             union = tl.sum(size, 1) + count_c + epsilon
             score = (2 * tl.sum(inter, 1) + epsilon) / union
-            slope = dice * factor * mean / union
+            slope = dice * mean / union
             tl.store(coef + c, -2 * slope, mask=used)
             tl.store(coef + C + c, (2 if SQUARE else 1) * slope * score, mask=used)
             coef += 2 * C
             lost += tl.where(used, 1 - score, 0.0)
             counted += count_c
         n = tl.maximum(tl.sum(counted), 1.0)
-        tl.store(coef, ce * factor / n)
-        tl.store(loss, factor * (ce * tl.sum(nll) / n + dice * mean * tl.sum(lost)))
+        tl.store(coef, ce / n)
+        tl.store(loss, ce * tl.sum(nll) / n + dice * mean * tl.sum(lost))
 
     @triton.jit(do_not_specialize=["ignore"])
     def _gradient(
@@ -245,7 +242,7 @@ if triton:
 
 class _DiceCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, label, dice, ce, form, background, ignore, scale, group):
+    def forward(ctx, logits, label, dice, ce, form, background, ignore, group):
         z, y = logits.flatten(2), label.flatten(1)  # (B, C, V), (B, V): views of either memory format
         B, C, V = z.shape
         ctx.config, finish = launch(C, z.itemsize, form, background)
@@ -262,7 +259,7 @@ class _DiceCE(torch.autograd.Function):
             if group is not None:
                 dist.all_reduce(sums, group=group)
             columns = B * parts // groups
-            _finish[(1,)](sums, loss, coef, scale, float(dice), float(ce), EPSILON, groups, columns, **finish)
+            _finish[(1,)](sums, loss, coef, float(dice), float(ce), EPSILON, groups, columns, **finish)
         ctx.save_for_backward(z, y, coef)
         return loss
 
@@ -273,7 +270,7 @@ class _DiceCE(torch.autograd.Function):
         upstream = upstream * ctx.ranks if ctx.ranks > 1 else upstream
         grad = torch.empty_like(z)  # in the memory format of z
         _gradient[ctx.grid](z, y, grad, coef, upstream, ctx.groups, *ctx.sizes, *grad.stride(), **ctx.config)
-        return grad.view(ctx.shape), *[None] * 8
+        return grad.view(ctx.shape), *[None] * 7
 
 
 def dice_ce(
@@ -285,16 +282,15 @@ def dice_ce(
     form: str = "batch",
     background: bool = False,
     ignore: int | None = None,
-    scale: Tensor | None = None,
     group=None,
 ) -> Tensor:
-    """scale (ce cross-entropy + dice Dice loss), one number in float32, differentiable once in the logits.
+    """ce cross-entropy + dice Dice loss, one number in float32, differentiable once in the logits.
 
     logits (B, C, D, H, W), C >= 2: float32, float16 or bfloat16, contiguous or channels_last_3d (another layout
     is copied). label (B, D, H, W): integer, uint8 moves the fewest bytes. A voxel whose label is `ignore` or no
     class (255, -1, C) is in no sum and gets no gradient; where no voxel counts, loss and gradient are 0. The mean
-    of the Dice losses has class 0 in it with `background` alone. `scale`, a tensor of one number on the same
-    device, multiplies the loss and gets no gradient.
+    of the Dice losses has class 0 in it with `background` alone. (A factor on the device, such as the feedback,
+    multiplies the result: the backward pass reads what it is multiplied by where it lies.)
 
     form "batch": squared sums of a class over the whole batch, as the left-atrium literature has it (the Dice of
     Milletari et al., V-Net, 3DV 2016). form "sample": plain sums per sample and class (MONAI, nnU-Net).
@@ -314,12 +310,10 @@ def dice_ce(
         raise ValueError(f'form is "batch" or "sample": {form!r}')
     if group is not None and form != "batch":
         raise ValueError('a group adds up the sums of form "batch"')
-    if scale is not None and scale.ndim:
-        raise ValueError(f"scale is a tensor without dimensions: {tuple(scale.shape)}")
-    if any(t is not None and t.device != logits.device for t in (label, scale)):
-        raise ValueError(f"logits are on {logits.device}, label or scale is not")
+    if label.device != logits.device:
+        raise ValueError(f"logits are on {logits.device}, label on {label.device}")
     kernels = triton and (logits.is_cuda or INTERPRETED)
     if not kernels or logits.shape[1] > MAX_CLASSES or logits.dtype == torch.float64:
-        more = dict(form=form, background=background, ignore=ignore, scale=scale, group=group)
+        more = dict(form=form, background=background, ignore=ignore, group=group)
         return reference(logits, label, dice, ce, **more)
-    return _DiceCE.apply(logits, label, dice, ce, form, background, ignore, scale, group)
+    return _DiceCE.apply(logits, label, dice, ce, form, background, ignore, group)

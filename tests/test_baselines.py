@@ -17,7 +17,9 @@ import baselines
 import data
 import kernels.dice
 import reciprocal
-from baselines import METHODS
+from baselines import COMPARISONS
+from cli import cli
+from files import write_label
 from reciprocal import Config
 
 AVERAGED = ("mt", "uamt", "tcsm")
@@ -33,7 +35,7 @@ def players(method: str, iteration=5, iterations=100, **config):
     """Networks, optimizers, batch and Config of a step on random patches, always the same."""
     torch.manual_seed(0)
     cfg = replace(Config(), method=method, filters=2, depth=1, dropout=False, patch=(16, 16, 16), **config)
-    nets = [reciprocal.build(cfg, name, 1, 3).train() for name in METHODS[method].nets]
+    nets = [reciprocal.build(cfg, name, 1, 3).train() for name in COMPARISONS[method].nets]
     optimizers = [reciprocal.make_optimizer(cfg, net) for net in nets]
     batch = dict(iteration=iteration, iterations=iterations)
     batch |= {name: torch.randn(2, 1, *cfg.patch) for name in ("x_l", "x_u")}
@@ -71,7 +73,7 @@ def consistency_of(step, monkeypatch, batch, probs, x, teacher):
 def test_teacher_is_the_average_of_the_student(method, iteration, decay):
     nets, optimizers, batch, cfg = players(method, iteration, 1000)
     before = weights(nets[1])
-    METHODS[method].step(nets, optimizers, batch, cfg)
+    COMPARISONS[method].step(nets, optimizers, batch, cfg)
     for old, new, student in zip(before, weights(nets[1]), weights(nets[0]), strict=True):
         torch.testing.assert_close(new, decay * old + (1 - decay) * student)
     assert not any(p.grad is not None for p in nets[1].parameters())
@@ -96,7 +98,7 @@ def test_step_of_the_mean_teacher_written_out(monkeypatch):
     monkeypatch.setattr(baselines, "noisy", lambda x: x + 0.05)
     nets, optimizers, batch, cfg = players("mt", iteration=60)
     student, teacher = copy.deepcopy(nets)
-    scalars = METHODS["mt"].step(nets, optimizers, batch, cfg)
+    scalars = COMPARISONS["mt"].step(nets, optimizers, batch, cfg)
     logits = student(torch.cat([batch["x_l"], batch["x_u"]]))
     target = teacher(batch["x_u"] + 0.05).softmax(1).detach()
     loss_u = ((logits[2:].softmax(1) - target) ** 2).mean()
@@ -114,7 +116,7 @@ def test_mean_teacher_sees_noise_and_the_student_does_not():
     seen = []
     for net in nets:
         net.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
-    METHODS["mt"].step(nets, optimizers, batch, cfg)
+    COMPARISONS["mt"].step(nets, optimizers, batch, cfg)
     assert torch.equal(seen[0], torch.cat([batch["x_l"], batch["x_u"]]))
     assert len(seen) == 2 and 0 < (seen[1] - batch["x_u"]).abs().max() <= 0.2 + 1e-6
 
@@ -245,7 +247,7 @@ def test_each_player_leaves_the_other_alone(monkeypatch):
         nets, optimizers, batch, cfg = players("sassnet")
         before = [weights(net) for net in nets]
         optimizers[loser].step = lambda: None  # what is left can only come from the other player's step
-        METHODS["sassnet"].step(nets, optimizers, batch, cfg)
+        COMPARISONS["sassnet"].step(nets, optimizers, batch, cfg)
         same = [all(torch.equal(p, q) for p, q in zip(old, net.parameters(), strict=True))
                 for old, net in zip(before, nets, strict=True)]
         assert same[loser] and not same[1 - loser]
@@ -257,7 +259,7 @@ def test_discriminator_learns_which_patches_have_labels(monkeypatch):
     targets, modes, cross_entropy = [], [], F.cross_entropy
     nets[1].register_forward_hook(lambda net, *_: modes.append(net.training))
     monkeypatch.setattr(F, "cross_entropy", lambda x, y: targets.append(y.tolist()) or cross_entropy(x, y))
-    METHODS["sassnet"].step(nets, optimizers, batch, cfg)
+    COMPARISONS["sassnet"].step(nets, optimizers, batch, cfg)
     assert targets == [[1, 1], [1, 1, 0, 0]] and modes == [False, True]
 
 
@@ -265,7 +267,7 @@ def test_adversary_reaches_the_student_through_the_maps():
     changed = []
     for iteration in (0, 99):  # the ramp at its ends
         nets, optimizers, batch, cfg = players("sassnet", iteration, lr=1.0)
-        METHODS["sassnet"].step(nets, optimizers, batch, cfg)
+        COMPARISONS["sassnet"].step(nets, optimizers, batch, cfg)
         changed.append(nets[0].head.weight.detach())
     assert not torch.equal(changed[0][3:], changed[1][3:])  # the maps' rows
     assert torch.equal(changed[0][:3], changed[1][:3])  # the classes' rows never meet the discriminator
@@ -307,7 +309,7 @@ def test_shuffled_feedback_has_the_scalar_s_magnitude_and_either_sign():
 # ---- in the loop
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COMPARISONS)
 def test_all_methods_have_the_iterations_of_the_whole_reciprocal_run(method):
     cfg = replace(Config(), method=method, iterations=30, pretrain=40)
     (stage,) = reciprocal.stages(cfg)
@@ -342,14 +344,14 @@ def test_a_run_ends_in_its_table_and_its_checkpoint_predicts(method, tmp_path, c
     monkeypatch.setattr(reciprocal.VNet, "forward", watched)
     tiny = shlex.split("--patch 16 16 16 --stride 16 16 16 --filters 2 --depth 2 --batch-l 1 --batch-u 1 "
                        "--iterations 2 --pretrain 1 --log-every 1 --eval-every 2 --eval-cases 1 --device cpu")
-    assert data.cli(lambda: reciprocal.main(["--data", "phantom", "--method", method, "--out", str(run), *tiny])) == 0
+    assert cli(lambda: reciprocal.main(["--data", "phantom", "--method", method, "--out", str(run), *tiny])) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["iterations"] == 4 and f"phantom {method}" in capsys.readouterr().out
     networks = {row["network"] for row in summary["scores"]}
     assert networks == ({"student"} if method == "sassnet" else {"student", "teacher"})
     case = data.phantom(1)[0]
     scan = tmp_path / "scan.nii.gz"
-    data.write_label(scan, case.image[0], case.affine)
-    assert data.cli(lambda: reciprocal.main(["predict", "-i", str(scan), "-o", str(tmp_path / "masks"),
+    write_label(scan, case.image[0], case.affine)
+    assert cli(lambda: reciprocal.main(["predict", "-i", str(scan), "-o", str(tmp_path / "masks"),
                                              "--checkpoint", str(run / "student.pt")])) == 0
     assert (tmp_path / "masks/scan.nii.gz").exists() and strides == {1}

@@ -16,7 +16,7 @@ import data
 import metrics
 import reciprocal
 import stats
-from data import BadInput, cli
+from cli import BadInput, cli
 
 ROOT = Path(__file__).parents[1]
 FIELDS = ("set", "network", "case", "class", *stats.METRICS, "failure")

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import data
-from data import BadInput, check, draw, find_images, load, make_case, phantom, read_case, read_nifti, write_label
+from cli import BadInput
+from data import check, draw, find_images, load, make_case, phantom, read_case
+from files import read_nifti, write_label
 from reciprocal import Config
 
 SHARED = Path(os.environ.get("RECIPROCAL_SHARED", Path(__file__).parents[2] / "shared"))

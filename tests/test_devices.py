@@ -104,7 +104,7 @@ RUN = """
     import os, signal, sys
     import torch
     from torch.distributed.nn.functional import all_reduce
-    import data, devices, kernels.dice, reciprocal
+    import cli, devices, kernels.dice, reciprocal
 
     kernels.dice.INTERPRETED = False
 
@@ -143,7 +143,7 @@ RUN = """
         return test(cfg, dataset, nets, run)
 
     reciprocal.reciprocal_step, reciprocal.test = signalled, compared
-    sys.exit(data.cli(lambda: reciprocal.main(sys.argv[1:])))
+    sys.exit(cli.cli(lambda: reciprocal.main(sys.argv[1:])))
 """
 
 

@@ -102,7 +102,7 @@ def test_reference_gradient(form, background):
     logits, label = draw((2, 3, 2, 2, 3), "cpu", torch.float64)
 
     def loss(z):
-        return reference(z, label, 0.3, 0.7, form=form, background=background, ignore=2, scale=torch.tensor(-1.5))
+        return reference(z, label, 0.3, 0.7, form=form, background=background, ignore=2)
 
     assert torch.autograd.gradcheck(loss, logits)
 
@@ -115,8 +115,7 @@ def test_reference_gradient(form, background):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels(shape, dtype, form, background, device):
     logits, label = draw(shape, device, dtype)
-    scale = torch.tensor(-1.7, device=device, requires_grad=True)
-    check(logits, label, 0.3, 0.7, form=form, background=background, scale=scale, upstream=2.5)
+    check(logits, label, 0.3, 0.7, form=form, background=background, upstream=2.5)
 
 
 @pytest.mark.gpu
@@ -202,18 +201,6 @@ def test_same_bits(device):
         assert torch.equal(loss, again) and torch.equal(grad, torch.autograd.grad(again, logits)[0])
 
 
-def test_scale(device):
-    """The feedback multiplies the loss where it is and is not trained."""
-    logits, label = draw((2, 2, 5, 6, 7), device)
-    scale = torch.tensor(-1e-3, device=device, dtype=torch.float64, requires_grad=True)
-    loss, grad = check(logits, label, 0.0, 1.0, scale=scale)
-    plain, plain_grad = check(logits, label, 0.0, 1.0)
-    torch.testing.assert_close(loss, plain * -1e-3)
-    torch.testing.assert_close(grad, plain_grad * -1e-3)
-    for function in (dice_ce, reference):
-        assert torch.autograd.grad(function(logits, label, scale=scale), scale, allow_unused=True) == (None,)
-
-
 def test_double_use_and_autocast(device):
     """Twice in one graph, from the half-precision output of a layer, as in a step of the teacher."""
     torch.manual_seed(0)
@@ -225,7 +212,7 @@ def test_double_use_and_autocast(device):
         with torch.autocast(device, torch.bfloat16):
             logits = layer(image)
             assert logits.dtype == torch.bfloat16
-            total = loss(logits, label) + loss(logits, 1 - label, 0.0, 1.0, scale=torch.tensor(0.3, device=device))
+            total = loss(logits, label) + torch.tensor(-0.3, device=device) * loss(logits, 1 - label, 0.0, 1.0)
         assert total.dtype == torch.float32
         return torch.autograd.grad(total, list(layer.parameters()))
 
@@ -257,7 +244,6 @@ def test_without_triton(monkeypatch):
         ("label", lambda z, y: (z, y[:, 1:])),
         ("label", lambda z, y: (z, y.float())),
         ("form", lambda z, y: (z, y, 0.5, 0.5, {"form": "sum"})),
-        ("scale", lambda z, y: (z, y, 0.5, 0.5, {"scale": torch.ones(2)})),
         ("are on", lambda z, y: (z, y.to("meta"))),
     ],
 )
@@ -274,34 +260,34 @@ def test_bad_input(word, change):
 @pytest.mark.gpu
 def test_memory_synchronization_graph():
     logits, label = draw((4, 2, 112, 112, 80), "cuda")
-    scale = torch.tensor(0.5, device="cuda")
-    loss, grad = check(logits, label, scale=scale)
+    factor = torch.tensor(2.0, device="cuda")
+    loss, grad = check(logits, label)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.autograd.grad(dice_ce(logits, label, scale=scale), logits)
+        torch.autograd.grad(factor * dice_ce(logits, label), logits)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.max_memory_allocated() - before - logits.nbytes < 2**20
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = dice_ce(logits, label, scale=scale)
+        captured = factor * dice_ce(logits, label)
         (captured_grad,) = torch.autograd.grad(captured, logits)
-    scale.fill_(1.0)
+    factor.fill_(-4.0)
     graph.replay()
-    assert torch.equal(captured, 2 * loss) and torch.equal(captured_grad, 2 * grad)
+    assert torch.equal(captured, -4 * loss) and torch.equal(captured_grad, -4 * grad)
 
 
 def jobs(classes, dtype, label="u8", form="batch", background=True, channels_last=False):
     """The three kernels as `dice_ce` launches them on 112 x 112 x 80 voxels, and as the launcher sees them: what
-    is 1 or None is a constant, other strides are multiples of 16."""
+    is 1 is a constant, other strides are multiples of 16."""
     voxels, finish = dice.launch(classes, 4 if dtype == "fp32" else 2, form, background)
     unit = {"y_v": 1, **({"z_c": 1, "g_c": 1} if channels_last else {"z_v": 1, "g_v": 1})}
-    unit |= {"groups": 1, "scale": None} if form == "batch" else {}
+    unit |= {"groups": 1} if form == "batch" else {}
     kinds = {"logits": f"*{dtype}", "grad": f"*{dtype}", "label": f"*{label}", "ignore": "i32", "groups": "i32"}
-    kinds |= dict.fromkeys(("sums", "coef", "upstream", "loss", "scale"), "*fp32") | {"columns": "i32"}
+    kinds |= dict.fromkeys(("sums", "coef", "upstream", "loss"), "*fp32") | {"columns": "i32"}
     kinds |= dict.fromkeys(("dice", "ce", "epsilon"), "fp32") | dict.fromkeys(("V", "z_b", "y_b", "g_b"), "i32:16")
     kinds |= dict.fromkeys(("z_c", "g_c", "z_v", "g_v"), "i32" if channels_last else "i32:16")
     for name, config in (("_sums", voxels), ("_gradient", voxels), ("_finish", finish)):

@@ -34,8 +34,9 @@ import data
 import kernels.dice
 import reciprocal
 import record
-from baselines import METHODS
-from data import BadInput
+from baselines import COMPARISONS
+from cli import BadInput
+from cli import cli as exit_status
 
 ROOT = Path(__file__).parents[1]
 SMALL = shlex.split("--patch 8 8 8 --stride 8 8 8 --filters 2 --depth 1 --batch-l 1 --batch-u 1 --iterations 6 "
@@ -51,7 +52,7 @@ def loss_without_interpreter(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def handlers_of_before():
-    """`data.cli` takes SIGTERM over; after a test it is pytest's again."""
+    """`cli` takes SIGTERM over; after a test it is pytest's again."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -81,7 +82,7 @@ def straight(folder, tmp_path_factory):
 
 
 def cli(*arguments) -> int:
-    return data.cli(lambda: reciprocal.main([str(argument) for argument in arguments]))
+    return exit_status(lambda: reciprocal.main([str(argument) for argument in arguments]))
 
 
 def one_line(capsys) -> str:
@@ -126,7 +127,8 @@ def at(monkeypatch, number, iteration, event) -> None:
             if batch["iteration"] != iteration:
                 return whole(nets, optimizers, batch, cfg)
             with pytest.MonkeyPatch.context() as patch:
-                optimizer = optimizers[METHODS[cfg.method].nets.index("student") if cfg.method in METHODS else -1]
+                trained = found[number].nets  # of a pre-training the teacher alone
+                optimizer = optimizers[trained.index("student") if "student" in trained else -1]
                 original = optimizer.step
                 patch.setattr(optimizer, "step", lambda: (original(), event()))
                 return whole(nets, optimizers, batch, cfg)
@@ -166,7 +168,7 @@ KILLED = {
     "student's pre-training": (1, 3, []),
     "reciprocal": (2, 3, []),
     "paper, adam": (1, 3, ["--preset", "paper", "--optimizer", "adam", "--schedule", "poly"]),
-} | {method: (0, 9, ["--method", method, "--patch", "16", "16", "16"]) for method in METHODS}
+} | {method: (0, 9, ["--method", method, "--patch", "16", "16", "16"]) for method in COMPARISONS}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, autograd's threads do not survive a fork")
@@ -254,7 +256,7 @@ def test_stopped_while_reading_leaves_nothing(folder, tmp_path, monkeypatch, cap
 def test_stopped_while_scoring_says_how_to_go_on(folder, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(data, "write_label", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(reciprocal, "write_label", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert cli("--data", folder, "--labeled", 3, "--out", run, *SMALL) == 130
     assert f"--resume {run}" in capsys.readouterr().err
     assert cli("--resume", run) == 0 and (run / "summary.json").exists()
@@ -809,7 +811,7 @@ class Raising(TorchDispatchMode):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, no kernel is interpreted")
-@pytest.mark.parametrize("method", ["reciprocal", *METHODS])
+@pytest.mark.parametrize("method", ["reciprocal", *COMPARISONS])
 def test_no_operation_of_a_step_is_forbidden_to_deterministic_cuda(method, folder, no_report, tmp_path, monkeypatch):
     """With the loss by its kernels, as on CUDA. The step of a method that pools would be found."""
     monkeypatch.setattr(kernels.dice, "INTERPRETED", True)
@@ -825,7 +827,7 @@ def test_no_operation_of_a_step_is_forbidden_to_deterministic_cuda(method, folde
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["reciprocal", *METHODS])
+@pytest.mark.parametrize("method", ["reciprocal", *COMPARISONS])
 def test_deterministic_on_a_gpu(method, folder, no_report, tmp_path):
     """No operation of the step raises, and two runs are equal."""
     flags = ["--patch", 16, 16, 16] * (method == "sassnet")

@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 import metrics
 import stats
-from data import BadInput, cli
+from cli import BadInput, cli
 
 SPACINGS = [None, 0.3, (2.0, 1.0, 0.5), (0.7, 1.3, 3.1), (5.0, 0.4, 0.4), (1e-3, 1.0, 1.0)]
 

@@ -21,7 +21,9 @@ import devices
 import kernels.dice
 import reciprocal
 import record
-from baselines import METHODS
+from baselines import COMPARISONS
+from cli import BadInput
+from cli import cli as exit_status
 from reciprocal import Config, VNet, exam, reciprocal_step, segment, stages, supervised_step
 
 TINY = shlex.split("--patch 16 16 16 --stride 8 8 8 --filters 2 --depth 2 --batch-l 1 --batch-u 1 --iterations 4 "
@@ -36,7 +38,7 @@ def loss_without_interpreter(monkeypatch):
 
 
 def cli(*arguments) -> int:
-    return data.cli(lambda: reciprocal.main([str(argument) for argument in arguments]))
+    return exit_status(lambda: reciprocal.main([str(argument) for argument in arguments]))
 
 
 # ---- the network
@@ -111,8 +113,8 @@ def expected_update(teacher, student, batch, lr, feedback):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_expected_feedback_is_the_meta_gradient(seed):
-    """E over sampled pseudo labels of h * grad CE is the gradient of the expected exam loss, to first order in lr:
-    cosine 1 with the sign pinned, and an error that shrinks tenfold a decade."""
+    """E over sampled pseudo labels of h * grad CE, CE summed over voxels, is the gradient of the expected exam loss to
+    first order in lr: an error that shrinks tenfold a decade, and a cosine of 1 in the end, which pins the sign."""
     teacher, student, batch = toy(seed)
     errors = []
     for lr in (1e-2, 1e-3, 1e-4):
@@ -128,13 +130,13 @@ def test_measured_fall_of_the_exam_loss_is_the_exact_meta_gradient():
 
 
 def test_argmax_is_biased():
-    """Why the identity is for sampled pseudo labels: the argmax alone points elsewhere."""
+    """Why the identity is for sampled pseudo labels: the argmax alone can point the opposite way."""
     teacher, student, batch = toy(0)
     true, _ = expected_update(teacher, student, batch, 1e-2, "scalar")
     logits = teacher(batch["x_u"])
     h = feedback_of(student, batch, logits.argmax(1), 1e-2, "scalar")
     gradients = torch.autograd.grad(h * F.cross_entropy(logits, logits.argmax(1)), list(teacher.parameters()))
-    assert F.cosine_similarity(true, torch.cat([g.flatten() for g in gradients]), 0) < 0.99
+    assert F.cosine_similarity(true, torch.cat([g.flatten() for g in gradients]), 0) < -0.9
 
 
 def test_sign_of_the_feedback():
@@ -183,8 +185,11 @@ def test_step_equals_the_formulas_written_out(preset):
     t_logits_u = slow_t(batch["x_u"])
     pseudo_label = t_logits_u.argmax(1)
     g_u = gradients(slow_s, loss(slow_s(batch["x_u"]), pseudo_label))
-    g_s = gradients(slow_s, loss(slow_s(batch["x_s"]), batch["y_s"])) if cfg.lesson == "both" else g_u
-    step(slow_s, [u + s for u, s in zip(g_u, g_s, strict=True)] if cfg.lesson == "both" else g_u)
+    lesson = g_u
+    if cfg.lesson == "both":
+        g_s = gradients(slow_s, loss(slow_s(batch["x_s"]), batch["y_s"]))
+        lesson = [u + s for u, s in zip(g_u, g_s, strict=True)]
+    step(slow_s, lesson)
     g_l = gradients(slow_s, loss(slow_s(batch["x_l"]), batch["y_l"]))
     h = cfg.lr * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
     step(slow_t, gradients(slow_t, loss(slow_t(batch["x_l"]), batch["y_l"]),
@@ -203,7 +208,7 @@ def test_feedback_reaches_the_teacher_and_off_does_not():
         optimizers = [reciprocal.make_optimizer(cfg, net) for net in nets]
         scalars = reciprocal_step(nets, optimizers, batch, cfg)
         after.append(nets[0].head.weight.detach().clone())
-        assert (scalars["feedback"] != 0) == (feedback == "scalar")
+        assert ("feedback" in scalars) == (feedback == "scalar")
     assert not torch.equal(*after)
 
 
@@ -407,8 +412,8 @@ def test_the_loop_gives_a_step_its_learning_rates_and_patches(method, folder, tm
     monkeypatch.setattr(record, "conclude", lambda *_: None)
     for name in ("reciprocal_step", "supervised_step"):
         monkeypatch.setattr(reciprocal, name, spy(getattr(reciprocal, name)))
-    sassnet = METHODS["sassnet"]
-    monkeypatch.setitem(METHODS, "sassnet", replace(sassnet, step=spy(sassnet.step)))
+    sassnet = COMPARISONS["sassnet"]
+    monkeypatch.setitem(COMPARISONS, "sassnet", replace(sassnet, step=spy(sassnet.step)))
     flags = ["--method", method, "--lr", 0.3, "--schedule", "poly", "--eval-cases", 0]
     assert cli("--data", folder, "--labeled", 5, "--holdout", 0, "--out", tmp_path / "run", *TINY, *flags) == 0
     if method == "sassnet":
@@ -499,7 +504,7 @@ def test_flipped_byte_is_seen(finished, tmp_path):
         bad = content.copy()
         bad[position] ^= 1
         (tmp_path / "bad.pt").write_bytes(bad)
-        with pytest.raises(data.BadInput, match="bad.pt"):
+        with pytest.raises(BadInput, match="bad.pt"):
             record.load_checkpoint(tmp_path / "bad.pt")
 
 
