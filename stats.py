@@ -62,7 +62,8 @@ def table(rows: list[dict], unit: str = "voxels", markdown: bool = False) -> str
             return "-" if math.isnan(value) else f"{value * (100 if key in OVERLAPS else 1):.2f}"
         return "-" if value is None else str(value)  # JSON's for NaN
 
-    titles = {"dice": "Dice %", "jaccard": "Jaccard %", "difference": "Dice difference", "p_holm": "p (Holm)"}
+    titles = {"dice": "Dice %", "by_seed": "by seed", "jaccard": "Jaccard %", "difference": "Dice difference",
+              "p_holm": "p (Holm)"}  # fmt: skip
     titles |= {m: f"{m.upper()} {unit}" for m in DISTANCES}
     lines = [[titles.get(key, key) for key in rows[0]]]
     lines += [[cell(key, row[key]) for key in rows[0]] for row in rows]
@@ -95,10 +96,11 @@ def compare(runs: list[Path], reference: str = "", network: str = "student", par
     """A row for each method among the folders of finished runs; runs that differ in the seed alone are one method.
 
     A case counts once: the mean over its foreground classes with a number, then over the seeds. Each metric is the
-    interval of these, as in `summarize`; failures counts cases, classes and seeds. pairs (N,): the cases' Dice minus
-    that of the method `reference` (default: reciprocal (strong), else the first), fractions; difference: their
-    interval; p: two-sided signed-rank test (Wilcoxon, Biometrics Bulletin 1(6):80-83, 1945); p_holm: corrected for
-    the number of methods tested (Holm, Scand J Stat 6:65-70, 1979). No p (NaN) if a method has fewer than 6 pairs.
+    interval of these, as in `summarize`; failures counts cases, classes and seeds; by_seed (seeds,): the mean Dice of
+    each. pairs (N,): the cases' Dice minus that of the method `reference` (default: reciprocal (strong), else the
+    first), fractions; difference: their interval; p: two-sided signed-rank test (Wilcoxon, Biometrics Bulletin
+    1(6):80-83, 1945), of the cases: it does not know how much another seed would differ; p_holm: corrected for the
+    number of methods tested (Holm, Scand J Stat 6:65-70, 1979). No p (NaN) if a method has fewer than 6 pairs.
     BadInput on a folder that is no finished run, on one method and seed twice, and on numbers that do not compare.
     """
     from scipy.stats import wilcoxon  # here, for it takes long to import
@@ -121,13 +123,15 @@ def compare(runs: list[Path], reference: str = "", network: str = "student", par
     reference = reference or ("reciprocal (strong)" if "reciprocal (strong)" in methods else next(iter(methods)))
     if reference not in methods:
         raise BadInput(f"--reference {reference}: no such method; choose one of: {'; '.join(methods)}")
-    # (seeds, cases, classes, metrics) to (cases, metrics); what is masked is in no mean
-    means = {name: np.ma.masked_invalid([group[seed]["scores"] for seed in sorted(group)]).mean(2).mean(0)
-             for name, group in methods.items()}  # fmt: skip
+    # (seeds, cases, classes, metrics) to (seeds, cases, metrics); what is masked is in no mean
+    scores = {name: np.ma.masked_invalid([group[seed]["scores"] for seed in sorted(group)]).mean(2)
+              for name, group in methods.items()}  # fmt: skip
+    means = {name: score.mean(0) for name, score in scores.items()}  # (cases, metrics)
     for name, group in methods.items():
         run, pairs = next(iter(group.values())), (means[name] - means[reference])[:, 0].compressed()
         row = {"method": name} | run["counts"] | {part: len(means[name]), "seeds": sorted(group)}
-        row |= {"iterations": run["iterations"], "failures": sum(other["failures"] for other in group.values())}
+        row |= {"by_seed": scores[name][..., 0].mean(1).filled(np.nan), "iterations": run["iterations"]}
+        row |= {"failures": sum(other["failures"] for other in group.values())}
         row |= {metric: _interval(v.compressed()) for metric, v in zip(METRICS, means[name].T, strict=True)}
         row |= {"difference": _interval(pairs), "p": math.nan, "p_holm": math.nan, "pairs": pairs}
         rows.append(row | {"reference": reference} | {key: run[key] for key in ("data", "synthetic", "spacing")})
@@ -186,7 +190,8 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     rows, shown, notes, lines = compare(args.runs, args.reference, args.network, args.set), [], [], []
     reference, data, unit, synthetic = (rows[0][key] for key in ("reference", "data", "spacing", "synthetic"))
-    columns = ("method", "labeled", "unlabeled", args.set, "seeds", "iterations", "dice", "jaccard", "asd", "hd95",
+    rows.sort(key=lambda row: (row["method"] != reference, -row["dice"]["mean"]))
+    columns = ("method", "labeled", "unlabeled", args.set, "iterations", "dice", "by_seed", "jaccard", "asd", "hd95",
                "difference", "p", "p_holm", "failures")  # fmt: skip
     for row in rows:
         line = {key: value for key, value in row.items() if not isinstance(value, dict | np.ndarray)}
@@ -194,6 +199,7 @@ def main(arguments: list[str]) -> None:
         lines.append(line | {"seeds": len(row["seeds"])})  # their number
         difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * row["difference"][k] for k in ("mean", "low", "high")))
         texts = {key: "-" if math.isnan(row[key]) else f"{row[key]:.2g}" for key in ("p", "p_holm")}
+        texts["by_seed"] = " / ".join(f"{100 * dice:.2f}" for dice in row["by_seed"])
         texts["difference"] = difference if row["method"] != reference else "reference"
         shown.append({key: (row | lines[-1] | texts)[key] for key in columns})
         if row["failures"]:
@@ -206,7 +212,8 @@ def main(arguments: list[str]) -> None:
         notes.append(f"{pairs} cases: too few for a verdict; Wilcoxon's test needs {PAIRS}")
     title = f"{Path(data).name}{', synthetic data' * synthetic}: {args.set} cases, {args.network}"
     notes.insert(0, "Mean ± SD [95% interval] over cases, each the mean of its classes, then seeds. Difference in "
-                    f"Dice to {reference}, in points; p: Wilcoxon's signed-rank test, (Holm): for all methods at once")
+                    f"Dice to {reference}, in points; p: Wilcoxon's signed-rank test of the cases, (Holm): for all "
+                    "methods at once")
     if args.plot:
         others = {row["method"]: (row["pairs"], row["difference"]) for row in rows if row["method"] != reference}
         if not others:

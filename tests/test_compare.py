@@ -67,6 +67,7 @@ def test_classes_then_seeds_then_cases(run):
     assert row["dice"]["sd"] == pytest.approx(np.std(cases, ddof=1))
     assert row["dice"]["low"] == pytest.approx(0.6) and row["dice"]["high"] == pytest.approx(0.7)
     assert row["dice"]["n"] == 3
+    assert row["by_seed"] == pytest.approx([np.mean([0.6, 0.8, 0.7]), np.mean([0.8, 0.4, 0.5])])
 
 
 def test_wilcoxon_of_seed_averaged_cases(run):
@@ -227,7 +228,8 @@ def test_files(run, tmp_path, monkeypatch, capsys):
     assert cells["Dice %"] == f"{mean:.2f} ± {sd:.2f} [{low:.2f}, {high:.2f}]" and cells["method"] == "supervised"
     mean, low, high = (100 * rows[1]["difference"][key] for key in ("mean", "low", "high"))
     assert cells["Dice difference"] == f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" and cells["p"] == f"{rows[1]['p']:.2g}"
-    assert [cells[name] for name in ("labeled", "unlabeled", "test", "seeds", "failures")] == ["2", "3", "8", "1", "0"]
+    assert [cells[name] for name in ("labeled", "unlabeled", "test", "failures")] == ["2", "3", "8", "0"]
+    assert cells["by seed"] == f"{100 * rows[1]['dice']['mean']:.2f}"
     assert body[0].count("reference") == 1
     assert files[2].read_bytes().startswith(b"\x89PNG") and files[2].stat().st_size > 10_000
 
