@@ -56,7 +56,7 @@ class Config:
     seed: int = flag(1, "seed of the weights, the patches and the dropout")
 
     method: str = flag("reciprocal", "how to train", ("reciprocal", *COMPARISONS))
-    preset: str = flag("strong", "the paper's settings to the letter, or the stronger default", ("paper", "strong"))
+    preset: str = flag("strong", "the paper's loss, lesson and start, or the stronger default", ("paper", "strong"))
     loss: str = flag("dice+ce", "loss of the reciprocal steps", ("ce", "dice", "dice+ce"))
     supervised_loss: str = flag("dice+ce", "loss of `supervised` and of pre-training", ("ce", "dice", "dice+ce"))
     lesson: str = flag("both", "the student learns from pseudo labels, or from labels as well", ("pseudo", "both"))
