@@ -201,9 +201,10 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     # 1. The lesson: the student sees only the pseudo label (and, with `--lesson both`, labeled patches of its own).
     loss_u = loss(student(batch["x_u"]), pseudo_label)
     lesson = g_u = gradients_of(loss_u, s_weights)
+    scalars = dict(loss_u=loss_u)
     if cfg.lesson == "both":
-        g_s = gradients_of(loss(student(batch["x_s"]), batch["y_s"]), s_weights)
-        lesson = torch._foreach_add(g_u, g_s)  # one call: a hundred small ones keep a GPU waiting
+        scalars["loss_s"] = loss_s = loss(student(batch["x_s"]), batch["y_s"])
+        lesson = torch._foreach_add(g_u, gradients_of(loss_s, s_weights))  # one call, not a hundred
     update(s_optimizer, lesson)
 
     # 2. The exam: the updated student on true labels. A gradient only: nothing is learned from it.
@@ -224,7 +225,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
 
     # 4. The teacher: the labels and the feedback. Its gradient is linear in both, so one backward serves them.
     loss_t = loss_l = loss(teacher(batch["x_l"]), batch["y_l"])
-    scalars = dict(loss_l=loss_l, loss_u=loss_u)
+    scalars["loss_l"] = loss_l
     if cfg.feedback != "off":
         loss_t = loss_l + feedback * named_loss("ce", t_logits_u, pseudo_label)
         scalars |= dict(loss_exam=loss_exam, feedback=feedback)
