@@ -27,7 +27,7 @@ def curves(log: Path, title: str) -> bytes:
     figure, axes = plt.subplots(panels, 1, figsize=(9, 2.7 * panels), sharex=True, constrained_layout=True)
     losses, feedback, dice = axes[0], axes[1], axes[-1]
     begin, colors, dice_curves = 0, {}, {}
-    for stage, lines in stages:
+    for number, (stage, lines) in enumerate(stages):
         steps = [line for line in lines if "dice" not in line]
         x = begin + np.array([line["iteration"] for line in steps])
         for name in [key for key in steps[0] if key.startswith("loss")]:
@@ -44,7 +44,8 @@ def curves(log: Path, title: str) -> bytes:
                 dice_curves.setdefault((name, stage), []).append((begin + line["iteration"], 100 * value))
         for axis in axes:
             axis.axvline(begin, color="0.8", lw=0.8)
-        losses.annotate(stage, (begin, 1.01), xycoords=("data", "axes fraction"), fontsize=8)
+        row = 1.01 + 0.06 * (number % 2)  # a name may be longer than its stage
+        losses.annotate(stage, (begin, row), xycoords=("data", "axes fraction"), fontsize=8)
         begin = x[-1]
     for (name, _), points in dice_curves.items():
         dice.plot(*zip(*points, strict=True), ".-", color={"student": "C0", "teacher": "C1"}[name], label=name)
