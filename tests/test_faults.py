@@ -456,7 +456,7 @@ def test_loss_that_is_not_finite_names_the_cases(folder, tmp_path, monkeypatch, 
     monkeypatch.setattr(reciprocal, "stages", spoiled)
     assert cli("--data", folder, "--labeled", 3, "--out", run, *SMALL) == 2
     told = one_line(capsys)
-    assert "reciprocal, iteration 4: loss_l is not finite" in told
+    assert "reciprocal, iteration 4: loss_u is not finite" in told
     assert {name for name in (f"case{i}" for i in range(9)) if name in told} == set(drawn) and drawn
     assert record.load_checkpoint(run)["iteration"] == 2 and len(log(run)) == 5 + 5 + 3
     assert all(math.isfinite(line["loss_l"]) for line in log(run))
