@@ -15,6 +15,7 @@ the inference, the training loop, the report, the command line.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -93,8 +94,7 @@ class Config:
     largest_component: bool = flag(False, "keep the largest component of each predicted class")
     spacing: str = flag("voxels", "unit of the distances", ("voxels", "mm"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    amp: str = flag("auto", "autocast; auto is bf16 on CUDA, off elsewhere; of CPUs, for those with AMX alone",
-                    ("auto", "bf16", "off"))
+    amp: str = flag("auto", "autocast; auto is bf16 on CUDA alone; on CPUs it pays with AMX", ("auto", "bf16", "off"))
     deterministic: bool = flag(False, "deterministic algorithms only")
     compile: bool = flag(False, "torch.compile of the networks: a minute or two at first, then faster steps")
     sync_norm: bool = flag(False, "batch statistics over all GPUs of torchrun, else each its own")
@@ -110,8 +110,8 @@ class Config:
                if not getattr(self, name) >= int(name in positive)]  # so written, NaN is too low
         if low:
             raise BadInput(f"--{low[0].replace('_', '-')} {getattr(self, low[0])}: too low")
-        least = COMPARISONS[self.method].patch if self.method in COMPARISONS else 1
-        side, least = 2**self.depth, max(2**self.depth, least)
+        side = 2**self.depth
+        least = max(side, COMPARISONS.get(self.method, COMPARISONS["supervised"]).patch)
         if any(p % side or p < least for p in self.patch):
             raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
                            f"2 ** depth, and at least {least}; choose such sides or a smaller --depth")
@@ -130,8 +130,7 @@ class VNet(nn.Module):
     with BatchNorm, strided convolutions between the levels, skips that are added.
 
     (B, channels, D, H, W) to logits (B, classes, D, H, W), every side a multiple of 2 ** depth. One channel, two
-    classes, 16 filters and depth 4 are 9,448,866 parameters. In training SASSNet's `maps` of distances follow the
-    logits."""
+    classes, 16 filters and depth 4 are 9,448,866 parameters. In training SASSNet's `maps` follow the logits."""
 
     CONVS = (1, 2, 3, 3, 3)  # convolutions a level, from the full resolution down; deeper levels have 3
 
@@ -186,10 +185,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     is the gradient of the exam loss, divided by the number of voxels, over which CE is a mean; the paper's argmax is
     biased, and the division makes the feedback a whisper (tests/test_reciprocal.py shows the first two)."""
     (teacher, student), (t_optimizer, s_optimizer) = nets, optimizers
-    s_weights = list(student.parameters())
-
-    def loss(logits: Tensor, label: Tensor) -> Tensor:
-        return named_loss(cfg.loss, logits, label)
+    s_weights, loss = list(student.parameters()), functools.partial(named_loss, cfg.loss)
 
     with torch.set_grad_enabled(cfg.feedback != "off"):  # the graph is kept for the feedback
         t_logits_u = teacher(batch["x_u"])  # (B_u, classes, D, H, W)
@@ -387,7 +383,7 @@ def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
         return cfg.lr * (1 - iteration / iterations) ** 0.9
     # a comparison method's only stage spans the whole run: its steps are longer in proportion
     longer = iterations / max(cfg.iterations, 1) if cfg.method in COMPARISONS else 1
-    return cfg.lr * 0.1 ** (iteration // (cfg.lr_step * max(longer, 1)))
+    return cfg.lr * 0.1 ** (iteration // (cfg.lr_step * longer))
 
 
 def make_optimizer(cfg: Config, net: nn.Module) -> Optimizer:
