@@ -160,6 +160,7 @@ def infer(args) -> list[dict]:
     torch.manual_seed(0)
     image = data.pad(F.avg_pool3d(torch.randn(1, *args.volume), 5, 1, 2), args.patch)
     image /= image.std()
+    case = data.Case("noise", image, None, None, (1.0, 1.0, 1.0), np.eye(4))
     net = reciprocal.VNet(1, 2, args.filters, args.depth)
     window = image[(..., *map(slice, args.patch))]
     pair = torch.stack([window, window.flip(-1)])
@@ -172,7 +173,7 @@ def infer(args) -> list[dict]:
     def segment(windows: int, dtype=torch.float32) -> Contestant:
         cfg = reciprocal.Config(patch=args.patch, stride=args.stride, depth=args.depth, windows=windows,
                                 amp=AMP[dtype]).check()
-        return lambda: reciprocal.predict_label(ours, image.to(args.device), cfg).cpu().numpy(), dtype
+        return lambda: reciprocal.predict_label(ours, case.to(args.device), cfg).cpu().numpy(), dtype
 
     theirs = functools.partial(peers.authors_segment, plain, image.numpy(), args.patch, args.stride)
     several = reciprocal.Config.windows

@@ -20,6 +20,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +58,11 @@ class Case:
     def to(self, device) -> "Case":
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
+    def grid(self, voxel: tuple[float, float, float]) -> np.ndarray:
+        """Its shape in voxels of that size, in mm; an axis of 0 stays as it is."""
+        size = np.where(voxel, voxel, self.spacing)
+        return np.rint(np.multiply(self.image.shape[1:], self.spacing) / size).clip(1).astype(int)
+
 
 @dataclass
 class Dataset:
@@ -89,7 +95,7 @@ class Dataset:
 _LA = dict(  # the left-atrium literature's settings, which are the paper's
     patch=(112, 112, 80), stride=(18, 18, 4), batch_l=2, batch_u=2, filters=16, depth=4, dropout=True,
     optimizer="sgd", lr=0.01, schedule="step", lr_step=2500, iterations=6000, pretrain=6000, seed=1337,
-    augment="rotflip", noise=0.0, normalize="zscore", window=(-125.0, 275.0), holdout=0.0)
+    augment="rotflip", noise=0.0, voxel=(0.0, 0.0, 0.0), normalize="zscore", window=(-125.0, 275.0), holdout=0.0)
 _CUBE = dict(_LA, patch=(96, 96, 96), stride=(16, 16, 16))
 _SMALL = dict(_LA, patch=(32, 32, 32), stride=(16, 16, 16), filters=8, depth=3, dropout=False, lr=0.05,
               schedule="poly", iterations=200, pretrain=100, augment="none", seed=1, eval_every=50, eval_cases=8,
@@ -118,7 +124,7 @@ SOURCES = {
 # ---- random patches ----------------------------------------------------------------------------------------
 
 def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, stream: int, iteration: int,
-         augment: str, noise: float = 0, labeled: bool = True, device="cpu") -> tuple[Tensor, Tensor | None]:
+         augment: str, noise: float = 0, voxel=(0, 0, 0), labeled=True, device="cpu") -> tuple[Tensor, Tensor | None]:
     """n random patches, or this rank's share of them: image (n, C, *patch) float32; label (n, *patch) uint8, or None
     where not `labeled`.
 
@@ -128,13 +134,14 @@ def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, s
 
     augment: "rotflip", the left-atrium literature's rot90 of the first two axes and a flip of one of them;
     "flip", each axis with probability 0.5; "none". noise: standard deviation of Gaussian noise on the
-    normalized image, clipped at two of them (0.05 in the paper's pancreas experiments).
+    normalized image, clipped at two of them (0.05 in the paper's pancreas experiments). voxel: the size in mm of the
+    patch's voxels, to which a crop is resampled; 0 leaves an axis as the scan has it.
     """
     samples = []
     drawn = enumerate(chosen(cases, n, seed=seed, stream=stream, iteration=iteration), start=1)
     for sample, case in devices.mine([*drawn]):
         rng = np.random.default_rng([seed, stream, iteration, sample])
-        samples.append(_patch(case, patch, rng, augment, noise, labeled, device))
+        samples.append(_patch(case, patch, rng, augment, noise, voxel, labeled, device))
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.stack(labels) if labeled else None
 
@@ -147,25 +154,41 @@ def chosen(cases: list[Case], n: int, *, seed: int, stream: int, iteration: int)
     return [cases[order[(batch * n + sample) % len(cases)]] for sample in range(n)]
 
 
-def _patch(case, patch, rng, augment, noise, labeled, device) -> tuple[Tensor, Tensor | None]:
+def _patch(case, patch, rng, augment, noise, voxel, labeled, device) -> tuple[Tensor, Tensor | None]:
     turns, flips = 0, []
     if augment == "rotflip":
         turns, flips = int(rng.integers(4)), [int(rng.integers(1, 3))]
     elif augment == "flip":
         flips = [axis for axis in (1, 2, 3) if rng.random() < 0.5]
-    size = (patch[1], patch[0], patch[2]) if turns % 2 else patch  # turned, it is `patch`
-    start = rng.integers(np.maximum(np.subtract(case.image.shape[1:], size), 0) + 1)
-    box = tuple(map(slice, start, start + size))
+    axes = [1, 0, 2] if turns % 2 else [0, 1, 2]
+    shape, grid = np.array(case.image.shape[1:]), case.grid(voxel)
+    size = np.minimum(np.array(patch)[axes], grid)
+    span = np.rint(size * shape / grid).clip(1).astype(int)  # the same in the scan's own voxels
+    start = rng.integers(shape - span + 1)
+    box = tuple(map(slice, start, start + span))
 
     def cut(volume):  # codes are moved while they are small, and decoded last
         return volume[:, *box].to(device).rot90(turns, (1, 2)).flip(flips)
 
-    image = pad(replace(case, image=cut(case.image), label=None).to(device).volume(), patch)
+    image = resize(replace(case, image=cut(case.image), label=None).to(device).volume(), size[axes])
+    image = pad(image, patch)
     if noise:
         generator = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
         grain = torch.randn(image.shape, generator=generator, device=device)
         image = image + noise * grain.clamp_(-2, 2)
-    return image, pad(cut(case.label[None]), patch)[0] if labeled else None
+    return image, pad(resize(cut(case.label[None]), size[axes]), patch)[0] if labeled else None
+
+
+def resize(volume: Tensor, shape: Sequence[int]) -> Tensor:
+    """(C, d, h, w) over the same box in `shape` voxels: values are averaged along an axis that shrinks, interpolated
+    along one that grows; of a label, which is of integers, each voxel is the nearest."""
+    shape = tuple(map(int, shape))
+    if volume.shape[1:] == shape:
+        return volume
+    if not volume.is_floating_point():
+        return F.interpolate(volume[None], shape, mode="nearest-exact")[0]
+    means = F.interpolate(volume[None], [*map(min, volume.shape[1:], shape)], mode="area")
+    return F.interpolate(means, shape, mode="trilinear")[0]
 
 
 def pad(volume: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -386,7 +409,7 @@ def check(folder: str | Path) -> tuple[list[str], str]:
     cases = found.labeled + found.unlabeled + found.test
     shapes, spacings = sorted(tuple(c.image.shape) for c in cases), sorted(c.spacing for c in cases)
     spans = " to ".join(map(str, shapes[:1] + shapes[-1:])), " to ".join(map(str, spacings[:1] + spacings[-1:]))
-    differ = " (they differ, and nothing is resampled)" * (not np.allclose(spacings, spacings[:1], rtol=0.01))
+    differ = " (they differ: --voxel resamples)" * (not np.allclose(spacings, spacings[:1], rtol=0.01))
     return faults + notes, (f"{found}; classes {', '.join(found.classes)}; shapes {spans[0]}; "
                             f"spacings {spans[1]} mm{differ}")
 

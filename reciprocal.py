@@ -75,13 +75,13 @@ class Config:
     depth: int = flag(4, "times the network halves the volume")
     dropout: bool = flag(True, "Dropout3d(0.5) after the bottleneck and before the head")
     patch: tuple = flag((112, 112, 80), "voxels a side, each a multiple of 2 ** depth")
+    voxel: tuple = flag((0.0, 0.0, 0.0), "their size in mm: scans are resampled to it, predictions back; 0: as it is")
     batch_l: int = flag(2, "labeled patches a step")
     batch_u: int = flag(2, "unlabeled patches a step; a supervised step takes batch_l + batch_u labeled ones")
     optimizer: str = flag("sgd", "SGD with momentum 0.9 and weight decay 1e-4, or Adam", ("sgd", "adam"))
     lr: float = flag(0.01, "learning rate")
     schedule: str = flag("step", "lr * 0.1 every lr_step, or lr * (1 - t/T) ** 0.9", ("step", "poly"))
-    lr_step: int = flag(2500, "iterations between two steps of the schedule `step`; in proportion more for a "
-                        "comparison method, whose one stage is longer")
+    lr_step: int = flag(2500, "iterations between steps of the schedule `step`; in a comparison method's stage more")
     augment: str = flag("rotflip", "rot90 and one flip in the plane; a flip of each axis; none",
                         ("rotflip", "flip", "none"))
     noise: float = flag(0.0, "standard deviation of Gaussian noise on the patches")
@@ -118,8 +118,9 @@ class Config:
         if any(n % devices.WORLD for n in (self.batch_l, self.batch_u)):
             raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: not a multiple of the "
                            f"{devices.WORLD} ranks")
-        if min(self.stride) < 1 or not 0 < self.lr < 1e38 or not self.window[0] < self.window[1]:
-            raise BadInput("--stride and --lr must be positive, --window a lower and a higher value")
+        odd = any(size and not 0.01 <= size <= 1000 for size in self.voxel)
+        if odd or min(self.stride) < 1 or not 0 < self.lr < 1e38 or not self.window[0] < self.window[1]:
+            raise BadInput("--stride and --lr must be positive, --window a lower and a higher value, --voxel mm or 0")
         return self
 
 
@@ -284,10 +285,11 @@ def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, keep
     return total[(..., *(slice(a, a + n) for a, n in zip(low, image.shape[1:], strict=True)))]
 
 
-def predict_label(net: nn.Module, image: Tensor, cfg: Config) -> Tensor:
-    """The predicted classes (D, H, W) uint8 of one image (C, D, H, W), on its device."""
+def predict_label(net: nn.Module, case: data.Case, cfg: Config) -> Tensor:
+    """The predicted classes (D, H, W) uint8 of a case, on its own grid and device."""
+    image = data.resize(case.volume(), case.grid(cfg.voxel))
     with devices.autocast(cfg.amp, image.device), torch.compiler.set_stance("force_eager"):  # the last batch is smaller
-        probs = segment(net, image, cfg.patch, cfg.stride, cfg.windows)
+        probs = data.resize(segment(net, image, cfg.patch, cfg.stride, cfg.windows), case.image.shape[1:])
     label = probs.max(0).indices.to(image.device, torch.uint8)  # on a CPU argmax takes several times as long
     for value in range(1, len(probs)) if cfg.largest_component else ():
         parts, n = ndimage.label((label == value).cpu().numpy())
@@ -358,14 +360,13 @@ def networks(cfg: Config, dataset: data.Dataset, device: torch.device, saved: di
 
 def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, iteration: int, device) -> dict:
     """The patches of one step; they depend on the seed, the stage and the iteration alone."""
-
     batch, sizes = dict(iteration=iteration, iterations=stage.iterations, cases=[]), stage.patches.copy()
 
     def draw(cases: list[data.Case], n: int, role: int, labeled: bool = True):
         counters = dict(seed=cfg.seed, stream=2 * number + role, iteration=iteration)
         batch["cases"] += [case.name for case in data.chosen(cases, n, **counters)]
         image, label = data.draw(cases, n, cfg.patch, **counters, augment=cfg.augment, noise=cfg.noise,
-                                 labeled=labeled, device=device)
+                                 voxel=cfg.voxel, labeled=labeled, device=device)
         return image.to(memory_format=torch.channels_last_3d), label  # `contiguous` ignores strides of one channel
 
     if n := sizes.pop("u", 0):
@@ -457,7 +458,7 @@ def curve_point(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet]) -> di
     for name, net in nets.items() if cases else ():
         device, dice = next(net.eval().parameters()).device, []
         for case in (case.to(device) for case in devices.mine(cases)):
-            label = predict_label(net, case.volume(), cfg)
+            label = predict_label(net, case, cfg)
             dice.append([metrics.dice(label == value, case.label == value) for value in range(1, len(dataset.classes))])
         net.train()
         known = [value for case in devices.gather(dice) for value in case if value == value]
@@ -480,13 +481,12 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
             case, spacing = case.to(device), case.spacing if cfg.spacing == "mm" else None
             scores.append([])
             for network, net in nets.items() if case.label is not None else [("student", nets["student"])]:
-                label = predict_label(net.eval(), case.volume(), replace(cfg, stride=stride))
+                label = predict_label(net.eval(), case, replace(cfg, stride=stride))
                 if case.label is not None:
                     found = metrics.score_classes(label, case.label, dataset.classes, spacing)
                     scores[-1] += [dict(set=name, network=network, case=case.name) | row for row in found]
                 if network == "student":
-                    path = run / record.PREDICTED[name] / f"{case.name}.nii.gz"
-                    write_label(path, label.cpu(), case.affine)
+                    write_label(run / record.PREDICTED[name] / f"{case.name}.nii.gz", label.cpu(), case.affine)
         rows += itertools.chain(*devices.gather(scores))
     return rows
 
@@ -587,7 +587,7 @@ def predict(arguments: list[str]) -> None:
             case = data.read_case(name, paths, None, saved["classes"], cfg.normalize, cfg.window)
             if len(case.image) != saved["channels"]:
                 raise BadInput(f"{paths[0]}: {len(case.image)} channels, the network takes {saved['channels']}")
-            label = predict_label(net, case.to(device).volume(), cfg)
+            label = predict_label(net, case.to(device), cfg)
             write_label(target / f"{name}.nii.gz", label.cpu(), case.affine)
         except BadInput as error:
             failed.append(str(error))

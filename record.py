@@ -225,8 +225,8 @@ def title(config: dict) -> str:
 
 def lower_bounds(summary: dict, run: Path) -> list[dict]:
     """Summaries of the supervised runs beside this one: the same cases, as many iterations, scored alike."""
-    same, scoring = ("cases", "iterations"), ("data", "seed", "spacing", "stride", "patch", "largest_component")
-    rows = []
+    same, rows = ("cases", "iterations"), []
+    scoring = ("data", "seed", "spacing", "stride", "patch", "voxel", "largest_component")
     for path in sorted(run.parent.glob("*/summary.json")) if summary["config"]["method"] != "supervised" else ():
         with contextlib.suppress(OSError, ValueError, KeyError):  # not a summary of this version
             other = json.loads(path.read_text())

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -213,6 +214,61 @@ def test_noise_is_clipped_and_unlabeled_draws_have_no_label():
     noisy, _ = draw([case], 1, (20, 20, 20), seed=0, stream=0, iteration=0, augment="none", noise=0.5, labeled=False)
     grain = (noisy - plain) / 0.5
     assert label is None and abs(grain).max() <= 2 + 1e-4 and 0.8 < grain.std() < 1 and abs(grain.mean()) < 0.05
+
+
+# ---- voxel size ---------------------------------------------------------------------------------------------
+
+def ramp(shape=(24, 20, 30), spacing=(1.0, 2.0, 0.5)):
+    """A case whose image tells how many mm a voxel's center is from the corner, and its label whether 12 in x."""
+    x, y, z = (np.arange(n) * step + step / 2 for n, step in zip(shape, spacing, strict=True))
+    image = np.float32(x[:, None, None] + 100 * y[:, None] + 10000 * z)
+    return replace(case_of(image[None], np.uint8(image % 100 > 12)), spacing=spacing)
+
+
+@pytest.mark.parametrize("augment", ["none", "rotflip", "flip"])
+@pytest.mark.parametrize("voxel, steps", [((2, 4, 1), (2, 4, 1)), ((0, 0, 1.5), (1, 2, 1.5)), ((3, 0, 0), (3, 2, 0.5))])
+def test_patches_have_the_voxel_size_asked_for(voxel, steps, augment):
+    case, turned = ramp(), set()
+    for iteration in range(20):
+        image, label = draw([case], 1, (4, 4, 5), seed=0, stream=0, iteration=iteration, augment=augment, voxel=voxel)
+        assert image.shape == (1, 1, 4, 4, 5) and label.shape == (1, 4, 4, 5) and label.dtype == torch.uint8
+        found = [image[0, 0].double().diff(dim=axis) for axis in range(3)]
+        assert all((step - step.mean()).abs().max() < 0.1 for step in found)  # the last of float32's bits is 0.02 here
+        expected = np.multiply(steps, (1, 100, 10000))
+        if turn := abs(found[0].mean()) > 50:
+            expected = expected[[1, 0, 2]]
+        np.testing.assert_allclose([step.mean().abs() for step in found], expected, rtol=1e-3)
+        turned.add(bool(turn))
+    assert turned == ({False, True} if augment == "rotflip" else {False})
+
+
+def test_resampled_label_lies_where_its_image_does():
+    case = ramp()
+    image, label = draw([case], 4, (4, 4, 4), seed=0, stream=0, iteration=0, augment="rotflip", voxel=(3, 2, 0.5))
+    assert 0.2 < label.float().mean() < 0.8  # odd factors: a voxel's center is the center of one of the scan's
+    assert torch.equal(label, (image[:, 0] % 100 > 12).to(torch.uint8))
+
+
+def test_a_scan_smaller_than_the_patch_is_resampled_as_a_whole():
+    case = ramp()
+    assert case.grid((2, 4, 1)).tolist() == [12, 10, 15] and case.grid((0, 0, 0)).tolist() == [24, 20, 30]
+    image, _ = draw([case], 1, (16, 16, 16), seed=0, stream=0, iteration=0, augment="none", voxel=(2, 4, 1))
+    whole = data.resize(case.volume(), case.grid((2, 4, 1)))
+    assert torch.equal(image[0, 0, 2:14, 3:13, 0:15], whole[0]) and image.count_nonzero() == 12 * 10 * 15
+    image, _ = draw([case], 1, (4, 4, 4), seed=0, stream=0, iteration=0, augment="none", voxel=(1e3, 1e3, 1e3))
+    assert image.count_nonzero() == 1  # all of it in one voxel
+
+
+def test_resizing_averages_where_it_shrinks_and_interpolates_where_it_grows():
+    volume = torch.randn(2, 6, 4, 5)
+    blocks = volume.numpy().reshape(2, 3, 2, 2, 2, 5).mean((2, 4))
+    np.testing.assert_allclose(data.resize(volume, (3, 2, 5)), blocks, atol=1e-6)
+    line = torch.arange(4.0).view(1, 4, 1, 1)
+    np.testing.assert_allclose(data.resize(line, (8, 1, 1)).flatten()[1:-1], np.arange(6) / 2 + 0.25)
+    assert data.resize(volume, (6, 4, 5)) is volume
+    label = torch.randint(0, 200, (1, 6, 4, 5), dtype=torch.uint8)
+    assert torch.equal(data.resize(label, (2, 4, 5)), label[:, 1::3])
+    assert data.resize(label, (9, 9, 9)).unique().tolist() == label.unique().tolist()
 
 
 # ---- layouts ------------------------------------------------------------------------------------------------

@@ -326,8 +326,21 @@ def test_largest_component_keeps_one_part_a_class(monkeypatch):
     label[0, 0:2, 0:2], label[0, 4:8, 2:5], label[0, 10:12] = 1, 1, 2
     probs = F.one_hot(label[0].long(), 3).movedim(-1, 0).float()
     monkeypatch.setattr(reciprocal, "segment", lambda *_: probs)
-    kept = reciprocal.predict_label(nn.Identity(), label, replace(Config(), largest_component=True))
+    case = data.Case("a", label, None, None, (1.0, 1.0, 1.0), np.eye(4))
+    kept = reciprocal.predict_label(nn.Identity(), case, replace(Config(), largest_component=True))
     assert set(kept[0:2].unique().tolist()) == {0} and (kept[4:8, 2:5] == 1).all() and (kept[10:12] == 2).all()
+
+
+def test_a_prediction_at_another_voxel_size_lies_on_the_scans_own_grid():
+    class Sign(nn.Module):
+        def forward(self, x):
+            return torch.cat([-x, x], 1)
+
+    image = (torch.arange(24.0) - 11.5).view(1, 24, 1, 1).expand(1, 24, 10, 9)  # no voxel lies on the border
+    case = data.Case("a", image, None, None, (1.0, 2.0, 0.5), np.eye(4))
+    for voxel in ((0, 0, 0), (3, 0, 0), (4, 4, 1), (0.4, 3.3, 0.7)):
+        cfg = replace(Config(), voxel=voxel, patch=(8, 8, 8), stride=(4, 4, 4), amp="off")
+        assert torch.equal(reciprocal.predict_label(Sign(), case, cfg), (image[0] > 0).to(torch.uint8))
 
 
 # ---- the program
@@ -467,6 +480,17 @@ def test_predict_goes_on_after_a_bad_file(folder, finished, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "one").iterdir()] == ["case0.nii.gz"]
 
 
+def test_a_run_at_another_voxel_size(folder, tmp_path):
+    run, voxel = tmp_path / "run", ("--voxel", 1.4, 1.6, 1.5)
+    assert cli("--data", folder, "--labeled", 2, "--out", run, *TINY, *voxel, "--patch", 8, 8, 16) == 0
+    prediction = nib.load(run / "predictions/case9.nii.gz")
+    assert prediction.shape == (18, 17, 15) and np.allclose(prediction.affine, np.diag([0.7, 0.8, 1.5, 1]))
+    scan = folder / "imagesTs/case9_0000.nii.gz"
+    assert cli("predict", "-i", scan, "-o", tmp_path / "masks", "--checkpoint", run / "student.pt") == 0
+    assert np.array_equal(nib.load(tmp_path / "masks/case9.nii.gz").get_fdata(), prediction.get_fdata())
+    assert cli("--resume", run, *voxel) == 2  # it is not among what may change
+
+
 def test_predict_does_not_overwrite_its_input(folder, finished, tmp_path, capsys):
     scan = tmp_path / "case0.nii.gz"
     scan.write_bytes((folder / "imagesTr" / "case0_0000.nii.gz").read_bytes())
@@ -521,6 +545,9 @@ def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path, capsys):
     ("--data no/such/folder", "no/such/folder"),
     ("--patch 20 32 32", "--patch 20 32 32"),
     ("--method sassnet --depth 1 --patch 16 8 16", "at least 16"),
+    ("--voxel 1 1 -1", "--voxel"),
+    ("--voxel 1 nan 1", "--voxel"),
+    ("--voxel 0 0 1e-30", "--voxel"),
     ("--labeled 0.001", "--labeled"),
     ("--labeled 1.0 --iterations 1", "supervised"),
     ("--unknown 1", "--unknown"),
