@@ -114,7 +114,7 @@ def paired(methods: dict[str, tuple[np.ndarray, dict]], reference: str, title: s
         axis.plot(x - 0.06 + 0.4 * jitter, 100 * np.sort(values), "o", color=f"C{x % 10}", ms=5, mew=0, alpha=0.5)
         mean, low, high = (100 * interval[key] for key in ("mean", "low", "high"))
         axis.errorbar(x + 0.28, mean, [[mean - low], [high - mean]], fmt="D", color="k", ms=5, capsize=4, lw=1.5)
-        axis.annotate(f"{mean:+.1f}", (x + 0.34, mean), va="center", fontsize=9,
+        axis.annotate(f"{mean:+z.1f}", (x + 0.34, mean), va="center", fontsize=9,
                       bbox=dict(facecolor="w", edgecolor="none", pad=1))  # the zero line ends before it
     names = ["\n".join(textwrap.fill(part, 22) for part in name.split(", ")) for name in methods]
     axis.set_xticks(range(len(methods)), names, fontsize=9)
