@@ -40,7 +40,7 @@ def cli(main: Callable[[], int | None]) -> int:
         if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or
                 re.search("can't allocate|not enough memory|out of memory", str(error))):
             raise
-        line, status = "error: out of memory; lower --patch, --batch-l, --batch-u or --windows", 2
+        line, status = "error: out of memory; lower --patch, --batch-l, --batch-u or --windows, or raise --voxel", 2
     except (BadInput, OSError) as error:
         line, status = f"error: {error}", 2
     except KeyboardInterrupt as stop:

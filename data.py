@@ -135,7 +135,7 @@ def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, s
     augment: "rotflip", the left-atrium literature's rot90 of the first two axes and a flip of one of them;
     "flip", each axis with probability 0.5; "none". noise: standard deviation of Gaussian noise on the
     normalized image, clipped at two of them (0.05 in the paper's pancreas experiments). voxel: the size in mm of the
-    patch's voxels, to which a crop is resampled; 0 leaves an axis as the scan has it.
+    patch's voxels, to which a crop of whole voxels is resampled; 0 leaves an axis as the scan has it.
     """
     samples = []
     drawn = enumerate(chosen(cases, n, seed=seed, stream=stream, iteration=iteration), start=1)
@@ -176,19 +176,30 @@ def _patch(case, patch, rng, augment, noise, voxel, labeled, device) -> tuple[Te
         generator = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
         grain = torch.randn(image.shape, generator=generator, device=device)
         image = image + noise * grain.clamp_(-2, 2)
-    return image, pad(resize(cut(case.label[None]), size[axes]), patch)[0] if labeled else None
+    return image, pad(resize_label(cut(case.label[None])[0], size[axes])[None], patch)[0] if labeled else None
 
 
 def resize(volume: Tensor, shape: Sequence[int]) -> Tensor:
-    """(C, d, h, w) over the same box in `shape` voxels: values are averaged along an axis that shrinks, interpolated
-    along one that grows; of a label, which is of integers, each voxel is the nearest."""
-    shape = tuple(map(int, shape))
-    if volume.shape[1:] == shape:
-        return volume
-    if not volume.is_floating_point():
-        return F.interpolate(volume[None], shape, mode="nearest-exact")[0]
-    means = F.interpolate(volume[None], [*map(min, volume.shape[1:], shape)], mode="area")
-    return F.interpolate(means, shape, mode="trilinear")[0]
+    """(C, d, h, w) float32 over the same box in `shape` voxels, axis by axis: a new voxel is the mean of what it covers
+    where they grow larger, interpolated between its neighbors where they grow smaller."""
+    for axis, (old, new) in enumerate(zip(volume.shape[1:], map(int, shape), strict=True), start=1):
+        if old == new:
+            continue
+        step = old / new
+        centers = (torch.arange(new) + 0.5) * step - 0.5
+        weights = (max(step, 1) + 1) / 2 - (torch.arange(old)[:, None] - centers).abs()  # an overlap, or a tent
+        weights = weights.clamp(0, 1)
+        with torch.autocast(volume.device.type, enabled=False):
+            volume = (volume.movedim(axis, -1) @ (weights / weights.sum(0)).to(volume)).movedim(-1, axis)
+    return volume
+
+
+def resize_label(label: Tensor, shape: Sequence[int]) -> Tensor:
+    """(D, H, W) uint8: a new voxel has the class that has most of it."""
+    if label.shape == tuple(shape):
+        return label
+    shares = torch.stack([label == value for value in range(int(label.max()) + 1)]).float()
+    return resize(shares, shape).max(0).indices.to(label.dtype)
 
 
 def pad(volume: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -81,7 +81,8 @@ class Config:
     optimizer: str = flag("sgd", "SGD with momentum 0.9 and weight decay 1e-4, or Adam", ("sgd", "adam"))
     lr: float = flag(0.01, "learning rate")
     schedule: str = flag("step", "lr * 0.1 every lr_step, or lr * (1 - t/T) ** 0.9", ("step", "poly"))
-    lr_step: int = flag(2500, "iterations between steps of the schedule `step`; in a comparison method's stage more")
+    lr_step: int = flag(2500, "iterations between two steps of the schedule `step`; in proportion more for a "
+                        "comparison method, whose one stage is longer")
     augment: str = flag("rotflip", "rot90 and one flip in the plane; a flip of each axis; none",
                         ("rotflip", "flip", "none"))
     noise: float = flag(0.0, "standard deviation of Gaussian noise on the patches")
@@ -89,7 +90,7 @@ class Config:
                           ("zscore", "window", "none"))
     window: tuple = flag((-125.0, 275.0), "the lowest and highest intensity for --normalize window")
 
-    stride: tuple = flag((18, 18, 4), "steps of the sliding window, in voxels")
+    stride: tuple = flag((18, 18, 4), "steps of the sliding window, in voxels of the patch")
     windows: int = flag(4, "windows in one forward pass")
     largest_component: bool = flag(False, "keep the largest component of each predicted class")
     spacing: str = flag("voxels", "unit of the distances", ("voxels", "mm"))
@@ -118,9 +119,9 @@ class Config:
         if any(n % devices.WORLD for n in (self.batch_l, self.batch_u)):
             raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: not a multiple of the "
                            f"{devices.WORLD} ranks")
-        odd = any(size and not 0.01 <= size <= 1000 for size in self.voxel)
-        if odd or min(self.stride) < 1 or not 0 < self.lr < 1e38 or not self.window[0] < self.window[1]:
-            raise BadInput("--stride and --lr must be positive, --window a lower and a higher value, --voxel mm or 0")
+        wrong = any(size and not 0.01 <= size <= 1000 for size in self.voxel)
+        if wrong or min(self.stride) < 1 or not 0 < self.lr < 1e38 or not self.window[0] < self.window[1]:
+            raise BadInput("--stride, --lr: positive; --window: a lower and a higher value; --voxel: 0 or 0.01 to 1000")
         return self
 
 
@@ -251,8 +252,9 @@ def exam(net: nn.Module, dropout: bool = True):
 # ---- inference ----------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, keep_on=None) -> Tensor:
-    """Sliding windows, softmax averaged: image (C, D, H, W) to class probabilities (classes, D, H, W) float32.
+def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, shape=None, keep_on=None) -> Tensor:
+    """Sliding windows, softmax averaged: image (C, D, H, W) to class probabilities (classes, D, H, W) float32, or in as
+    many voxels as `shape` has.
 
     A volume smaller than the patch is padded. The sums stay on the image's device and fall back to the host when
     that runs out of memory (`keep_on`). `net` is used as it is: call net.eval() first."""
@@ -261,8 +263,7 @@ def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, keep
     starts = [sorted({min(start, size - p) for start in range(0, size - p + s, s)}) for size, p, s in sizes]
     boxes = [(..., *(slice(a, a + p) for a, p in zip(corner, patch, strict=True)))
              for corner in itertools.product(*starts)]
-    keep_on = torch.device(keep_on or image.device)
-    total, visits, full = None, None, False
+    keep_on, total, visits = torch.device(keep_on or image.device), None, None
     try:
         for some in (boxes[i : i + windows] for i in range(0, len(boxes), windows)):
             x = torch.stack([padded[box] for box in some])  # (windows, C, *patch)
@@ -274,22 +275,21 @@ def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, keep
                 total[box] += prob
                 visits[box] += 1
         total /= visits
+        low = [(have - want) // 2 for have, want in zip(total.shape[1:], image.shape[1:], strict=True)]
+        inner = total[(..., *(slice(a, a + n) for a, n in zip(low, image.shape[1:], strict=True)))]
+        return data.resize(inner, shape or image.shape[1:])
     except torch.OutOfMemoryError:
         if keep_on.type == "cpu":
             raise
-        full = True
-    if full:  # out here, where the exception no longer holds on to what did not fit
-        del total, visits, padded
-        return segment(net, image, patch, stride, 1, keep_on="cpu")
-    low = [(have - want) // 2 for have, want in zip(total.shape[1:], image.shape[1:], strict=True)]
-    return total[(..., *(slice(a, a + n) for a, n in zip(low, image.shape[1:], strict=True)))]
+    del total, visits, padded  # out here, where the exception no longer holds on to what did not fit
+    return segment(net, image, patch, stride, 1, shape, keep_on="cpu")
 
 
 def predict_label(net: nn.Module, case: data.Case, cfg: Config) -> Tensor:
     """The predicted classes (D, H, W) uint8 of a case, on its own grid and device."""
     image = data.resize(case.volume(), case.grid(cfg.voxel))
     with devices.autocast(cfg.amp, image.device), torch.compiler.set_stance("force_eager"):  # the last batch is smaller
-        probs = data.resize(segment(net, image, cfg.patch, cfg.stride, cfg.windows), case.image.shape[1:])
+        probs = segment(net, image, cfg.patch, cfg.stride, cfg.windows, case.image.shape[1:])
     label = probs.max(0).indices.to(image.device, torch.uint8)  # on a CPU argmax takes several times as long
     for value in range(1, len(probs)) if cfg.largest_component else ():
         parts, n = ndimage.label((label == value).cpu().numpy())

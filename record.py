@@ -230,8 +230,9 @@ def lower_bounds(summary: dict, run: Path) -> list[dict]:
     for path in sorted(run.parent.glob("*/summary.json")) if summary["config"]["method"] != "supervised" else ():
         with contextlib.suppress(OSError, ValueError, KeyError):  # not a summary of this version
             other = json.loads(path.read_text())
+            theirs = {"voxel": [0.0, 0.0, 0.0]} | other["config"]  # older ones have none
             alike = [other[name] == summary[name] for name in same]
-            alike += [other["config"][name] == summary["config"][name] for name in scoring]
+            alike += [theirs[name] == summary["config"][name] for name in scoring]
             if other["config"]["method"] == "supervised" and all(alike):
                 rows += [row | dict(network=f"lower bound ({path.parent.name})") for row in other["scores"]]
     return rows

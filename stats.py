@@ -197,7 +197,8 @@ def main(arguments: list[str]) -> None:
         line = {key: value for key, value in row.items() if not isinstance(value, dict | np.ndarray)}
         line |= {f"{key}_{k}": v for key in (*METRICS, "difference") for k, v in row[key].items()}
         lines.append(line | {"seeds": len(row["seeds"])})  # their number
-        difference = "{:+z.2f} [{:+z.2f}, {:+z.2f}]".format(*(100 * row["difference"][k] for k in ("mean", "low", "high")))
+        interval = (100 * row["difference"][key] for key in ("mean", "low", "high"))
+        difference = "{:+z.2f} [{:+z.2f}, {:+z.2f}]".format(*interval)
         texts = {key: "-" if math.isnan(row[key]) else f"{row[key]:.2g}" for key in ("p", "p_holm")}
         texts["by_seed"] = " / ".join(f"{100 * dice:.2f}" for dice in row["by_seed"])
         texts["difference"] = difference if row["method"] != reference else "reference"

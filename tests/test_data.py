@@ -242,11 +242,18 @@ def test_patches_have_the_voxel_size_asked_for(voxel, steps, augment):
     assert turned == ({False, True} if augment == "rotflip" else {False})
 
 
-def test_resampled_label_lies_where_its_image_does():
-    case = ramp()
-    image, label = draw([case], 4, (4, 4, 4), seed=0, stream=0, iteration=0, augment="rotflip", voxel=(3, 2, 0.5))
-    assert 0.2 < label.float().mean() < 0.8  # odd factors: a voxel's center is the center of one of the scan's
-    assert torch.equal(label, (image[:, 0] % 100 > 12).to(torch.uint8))
+@pytest.mark.parametrize("factor", [2, 2.5, 3, 4])
+def test_a_resampled_label_lies_where_its_image_does(factor):
+    """The coarse voxel whose center is past the border of the label is labeled, for any factor."""
+    case = ramp()  # the border is at 12 mm, and no center of a coarse voxel
+    image, label = draw([case], 4, (4, 4, 4), seed=0, stream=0, iteration=0, augment="rotflip", voxel=(factor, 0, 0))
+    past = image[:, 0] % 100 - 12
+    assert 0.2 < label.float().mean() < 0.8
+    assert torch.equal(label[past.abs() > 0.26], (past[past.abs() > 0.26] > 0).to(torch.uint8))
+    inside = (case.label[None, None] == 1).float()
+    whole = data.resize(inside, case.grid((factor, 0, 0)))[0]
+    coarse = data.resize_label(case.label, case.grid((factor, 0, 0)))
+    assert torch.equal(coarse, (whole > 0.5).to(torch.uint8))
 
 
 def test_a_scan_smaller_than_the_patch_is_resampled_as_a_whole():
@@ -259,16 +266,32 @@ def test_a_scan_smaller_than_the_patch_is_resampled_as_a_whole():
     assert image.count_nonzero() == 1  # all of it in one voxel
 
 
-def test_resizing_averages_where_it_shrinks_and_interpolates_where_it_grows():
-    volume = torch.randn(2, 6, 4, 5)
-    blocks = volume.numpy().reshape(2, 3, 2, 2, 2, 5).mean((2, 4))
-    np.testing.assert_allclose(data.resize(volume, (3, 2, 5)), blocks, atol=1e-6)
-    line = torch.arange(4.0).view(1, 4, 1, 1)
-    np.testing.assert_allclose(data.resize(line, (8, 1, 1)).flatten()[1:-1], np.arange(6) / 2 + 0.25)
-    assert data.resize(volume, (6, 4, 5)) is volume
-    label = torch.randint(0, 200, (1, 6, 4, 5), dtype=torch.uint8)
-    assert torch.equal(data.resize(label, (2, 4, 5)), label[:, 1::3])
-    assert data.resize(label, (9, 9, 9)).unique().tolist() == label.unique().tolist()
+@pytest.mark.parametrize("shape", [(3, 2, 7), (2, 1, 7), (5, 3, 7), (6, 4, 6), (1, 1, 1)])
+def test_a_coarser_voxel_is_the_mean_of_what_it_covers(shape):
+    volume = torch.randn(2, 6, 4, 7)
+    fine = volume.double().numpy()
+    for axis, new in enumerate(shape, start=1):  # each voxel in as many parts as the new grid has, then whole blocks
+        fine = np.repeat(fine, new, axis)
+        fine = fine.reshape(*fine.shape[:axis], new, -1, *fine.shape[axis + 1 :]).mean(axis + 1)
+    np.testing.assert_allclose(data.resize(volume, shape), fine, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_allclose(data.resize(volume, shape), fine, atol=1e-6)
+
+
+def test_a_finer_voxel_lies_between_its_neighbors():
+    volume = torch.randn(2, 4, 3, 5)
+    for shape in ((8, 9, 5), (4, 4, 6), (5, 3, 50)):
+        expected = torch.nn.functional.interpolate(volume[None], shape, mode="trilinear")[0]
+        np.testing.assert_allclose(data.resize(volume, shape), expected, atol=1e-5)
+    assert data.resize(volume, (4, 3, 5)) is volume
+
+
+def test_a_coarser_label_is_the_majority():
+    label = torch.tensor([0, 0, 3, 3, 3, 7, 7, 1, 7], dtype=torch.uint8).view(9, 1, 1)
+    assert data.resize_label(label, (3, 1, 1)).flatten().tolist() == [0, 3, 7]
+    assert data.resize_label(label, (4, 1, 1)).dtype == torch.uint8
+    assert data.resize_label(label, (9, 1, 1)) is label
+    assert data.resize_label(label, (18, 2, 1))[::2, 0, 0].tolist() == label.flatten().tolist()
 
 
 # ---- layouts ------------------------------------------------------------------------------------------------

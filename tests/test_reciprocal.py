@@ -332,15 +332,19 @@ def test_largest_component_keeps_one_part_a_class(monkeypatch):
 
 
 def test_a_prediction_at_another_voxel_size_lies_on_the_scans_own_grid():
-    class Sign(nn.Module):
-        def forward(self, x):
-            return torch.cat([-x, x], 1)
+    class Slope(nn.Module):
+        def forward(self, x):  # probabilities that are linear in x, which keeps the border where it is
+            seen.append(x.shape)
+            return torch.cat([0.5 - x / 64, 0.5 + x / 64], 1).log()
 
-    image = (torch.arange(24.0) - 11.5).view(1, 24, 1, 1).expand(1, 24, 10, 9)  # no voxel lies on the border
+    seen = []
+    image = (torch.arange(24.0) - 8.5).view(1, 24, 1, 1).expand(1, 24, 10, 9)  # no voxel lies on the border
     case = data.Case("a", image, None, None, (1.0, 2.0, 0.5), np.eye(4))
-    for voxel in ((0, 0, 0), (3, 0, 0), (4, 4, 1), (0.4, 3.3, 0.7)):
-        cfg = replace(Config(), voxel=voxel, patch=(8, 8, 8), stride=(4, 4, 4), amp="off")
-        assert torch.equal(reciprocal.predict_label(Sign(), case, cfg), (image[0] > 0).to(torch.uint8))
+    for voxel, shape in (((0, 0, 0), (24, 10, 9)), ((3, 0, 0), (8, 10, 9)), ((4, 4, 1), (6, 5, 4)),
+                         ((0.4, 3.3, 0.7), (60, 6, 6))):
+        cfg = replace(Config(), voxel=voxel, patch=shape, amp="bf16")  # as large as the scan in such voxels
+        assert torch.equal(reciprocal.predict_label(Slope(), case, cfg), (image[0] > 0).to(torch.uint8))
+        assert seen == [(1, 1, *shape)] and not seen.clear()
 
 
 # ---- the program
@@ -478,6 +482,16 @@ def test_predict_goes_on_after_a_bad_file(folder, finished, tmp_path, capsys):
     assert cli("predict", "-i", images / "case0_0000.nii.gz", "-o", tmp_path / "one", "--network", "teacher",
                "--checkpoint", finished / "checkpoint.pt") == 0
     assert [p.name for p in (tmp_path / "one").iterdir()] == ["case0.nii.gz"]
+
+
+def test_a_step_takes_patches_of_the_voxel_size(folder):
+    dataset, voxel = data.load(str(folder), "", 2, 0.2, "zscore", (0, 1)), (1.4, 1.6, 3.0)
+    cfg = replace(Config(), method="mt", voxel=voxel, patch=(8, 8, 4), batch_l=2, batch_u=2)
+    batch = reciprocal.make_batch(cfg, dataset, 0, reciprocal.stages(cfg)[0], 5, "cpu")
+    for name, cases, stream in (("x_l", dataset.labeled, 0), ("x_u", dataset.unlabeled, 1)):
+        image, _ = data.draw(cases, 2, cfg.patch, seed=cfg.seed, stream=stream, iteration=5, augment=cfg.augment,
+                             voxel=voxel, labeled=False)
+        assert torch.equal(batch[name], image)
 
 
 def test_a_run_at_another_voxel_size(folder, tmp_path):
