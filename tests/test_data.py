@@ -250,7 +250,7 @@ def test_a_resampled_label_lies_where_its_image_does(factor):
     past = image[:, 0] % 100 - 12
     assert 0.2 < label.float().mean() < 0.8
     assert torch.equal(label[past.abs() > 0.26], (past[past.abs() > 0.26] > 0).to(torch.uint8))
-    inside = (case.label[None, None] == 1).float()
+    inside = (case.label[None] == 1).float()
     whole = data.resize(inside, case.grid((factor, 0, 0)))[0]
     coarse = data.resize_label(case.label, case.grid((factor, 0, 0)))
     assert torch.equal(coarse, (whole > 0.5).to(torch.uint8))

@@ -398,8 +398,14 @@ def test_a_run_leaves_what_it_promises(finished, capsys):
 def test_lower_bound_beside_the_run_joins_its_table(folder, finished, capsys):
     lower = finished.parent / "lower"
     assert cli("--data", folder, "--labeled", 2, "--method", "supervised", "--out", lower, *TINY) == 0
+    summary = json.loads((lower / "summary.json").read_text())
+    for name, change in (("coarse", {"voxel": [2, 2, 2]}), ("before", {"voxel": None})):  # which once there was not
+        config = {key: value for key, value in (summary["config"] | change).items() if value is not None}
+        (finished.parent / name).mkdir()
+        (finished.parent / name / "summary.json").write_text(json.dumps(summary | dict(config=config)))
     assert cli("--resume", finished) == 0
-    assert "lower bound (lower)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "lower bound (lower)" in told and "lower bound (before)" in told and "coarse" not in told
 
 
 def test_a_longer_stage_has_a_longer_step_schedule():
