@@ -103,7 +103,8 @@ _SMALL = dict(_LA, patch=(32, 32, 32), stride=(16, 16, 16), filters=8, depth=3, 
 RECIPES: dict[str, dict] = {
     "la": _LA,
     "pancreas": dict(_CUBE, batch_l=4, batch_u=5, dropout=False, optimizer="adam", lr=1e-3, iterations=20000,
-                     pretrain=4000, seed=1124, augment="none", noise=0.05, normalize="window"),  # the paper's
+                     pretrain=4000, seed=1124, augment="none", noise=0.05, normalize="window",
+                     voxel=(1.0, 1.0, 1.0)),  # the paper's
     "breast": _CUBE,  # ours: the paper publishes no settings
     "hippocampus": dict(_SMALL, patch=(32, 48, 32), stride=(16, 24, 16), iterations=400, pretrain=200, holdout=0.2),
     "phantom": _SMALL,
@@ -115,7 +116,7 @@ PRESETS = {
 }
 SOURCES = {
     "la": "2018 Atrial Segmentation Challenge in the h5 layout of github.com/yulequan/UA-MT, folder data",
-    "pancreas": "NIH Pancreas-CT (cancerimagingarchive.net) as nnU-Net v2 raw, 1 mm, cropped to the label",
+    "pancreas": "NIH Pancreas-CT (cancerimagingarchive.net) as nnU-Net v2 raw, cropped to the label",
     "breast": "the paper's 200 breast MR are private: bring your own as nnU-Net v2 raw",
     "hippocampus": "Task04_Hippocampus of medicaldecathlon.com, unpacked",
 }
