@@ -275,7 +275,9 @@ def _launch(prediction: Tensor, label: Tensor, spacing: tuple[float, ...], score
     programs = min(4096, triton.cdiv(2 * volume, POINTS))
     unfused = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where SciPy rounds twice
 
-    _rows[tiles, K](prediction, label, reach, counts, K, D, H, W, tiles, rows, width, num_warps=16)
+    # In the longest rows some versions spill registers with 16 warps, others with 8 and no word on how many there are.
+    threads = {"num_warps": 16} if width < LONGEST else {"num_warps": 8, "maxnreg": 255}
+    _rows[tiles, K](prediction, label, reach, counts, K, D, H, W, tiles, rows, width, **threads)
     ends = counts.cumsum(1)  # (K, 5 * tiles)
     _compact[tiles, 2, K](reach, counts, ends, points, volume, rows * W, tiles, TILE)
     _nearest[programs, K](points, distances, reach, ends, *table, D, H, W, tiles, POINTS, OFFSETS, **unfused)

@@ -218,17 +218,19 @@ def test_without_triton_the_reference_serves():
 
 
 def test_no_configuration_spills():
-    def job(kernel, arguments, num_warps=4, **constexprs):
+    def job(kernel, arguments, num_warps=4, maxnreg=None, **constexprs):
         kinds = dict(pair.split(":", 1) for pair in arguments.split())
-        return Job(kernel, kinds | dict.fromkeys(constexprs, "constexpr"), constexprs, num_warps)
+        kinds |= dict.fromkeys(constexprs, "constexpr")
+        return Job(kernel, kinds, constexprs, num_warps, maxnreg=maxnreg)
 
     masks, where = "prediction:*u8 label:*u8", "reach:*i16 counts:*i64"
     shape, table = "D:i32 H:i32 W:i32 T:i32", "s_x:*fp64 dz:*i32 dy:*i32 length:*fp64"
     rows = f"{masks} {where} K:i32 {shape}"
     tiles = [{"ROWS": 2048 // width, "WIDTH": width} for width in (16, 32, 64, 128, 256, 512, 1024)]
-    jobs = [job("_rows", rows, 16, **tile) for tile in tiles]
+    jobs = [job("_rows", rows, 16, **tile) for tile in tiles[:-1]] + [job("_rows", rows, 8, 255, **tiles[-1])]
     jobs += [
         job("_rows", rows.replace("W:i32", "W:i32:16"), 16, **tiles[-2]),
+        job("_rows", rows.replace("W:i32", "W:i32:16"), 8, 255, **tiles[-1]),
         job("_compact", f"{where} ends:*i64 points:*i64 volume:i32 span:i32 T:i32", TILE=2048),
         job("_nearest", f"points:*i64 distances:*fp64 reach:*i16 ends:*i64 {table} {shape}",
             POINTS=surface.POINTS, OFFSETS=surface.OFFSETS),
