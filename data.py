@@ -213,12 +213,12 @@ def pad(volume: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 def read_case(name: str, image_paths: list[Path], label_path: Path | None, classes: list[str], normalize: str,
               window: tuple[float, float]) -> Case:
-    """One case from one file or a file a channel, checked and normalized. An h5 file is not normalized: that was
-    done on the whole scan before the crop around the label, and a second time would measure the crop."""
+    """One case from one file or a file a channel, checked and normalized. An h5 file had its z-score as a whole scan,
+    before it was cropped: crops of one organ differ in contrast by up to five times, which "zscore-crop" takes away."""
     if not name.isprintable():
         raise BadInput(f"{str(image_paths[0])!a}: a name with characters that cannot be shown; rename it")
     if image_paths[0].suffix == ".h5":
-        normalize, spacing, affine = "none", (1.0, 1.0, 1.0), np.eye(4)
+        normalize, spacing, affine = "zscore" if normalize == "zscore-crop" else "none", (1.0, 1.0, 1.0), np.eye(4)
         image, label = read_h5(image_paths[0])
     else:
         stems = [stem(path) for path in image_paths]
@@ -270,7 +270,7 @@ def encode(image: np.ndarray, table: np.ndarray) -> np.ndarray:
 def standardize(values: np.ndarray, counts: np.ndarray | None, normalize: str, window) -> np.ndarray:
     """z-score, or a window to [0, 1], in float64; counts tells how often each value occurs, None for once."""
     values = values.astype(np.float64)
-    if normalize == "zscore":
+    if normalize in ("zscore", "zscore-crop"):
         values -= np.average(values, weights=counts)
         values /= np.average(values**2, weights=counts) ** 0.5
     elif normalize == "window":

@@ -86,8 +86,8 @@ class Config:
     augment: str = flag("rotflip", "rot90 and one flip in the plane; a flip of each axis; none",
                         ("rotflip", "flip", "none"))
     noise: float = flag(0.0, "standard deviation of Gaussian noise on the patches")
-    normalize: str = flag("zscore", "intensities: z-score a volume, `window` to [0, 1], none",
-                          ("zscore", "window", "none"))
+    normalize: str = flag("zscore", "intensities: z-score a scan (h5 files have theirs, `zscore-crop` does it again), "
+                          "`window` to [0, 1], none", ("zscore", "zscore-crop", "window", "none"))
     window: tuple = flag((-125.0, 275.0), "the lowest and highest intensity for --normalize window")
 
     stride: tuple = flag((18, 18, 4), "steps of the sliding window, in voxels of the patch")

@@ -119,7 +119,8 @@ def test_normalization_is_numpys(shape):
     array = np.random.default_rng(1).normal(300, 40, shape).astype(np.float32)  # the larger one has no codes
     array[1] *= 3
     zscore = (array - array.mean((1, 2, 3), keepdims=True)) / array.std((1, 2, 3), keepdims=True)
-    np.testing.assert_allclose(case_of(array, normalize="zscore").volume(), zscore, atol=1e-5)
+    for normalize in ("zscore", "zscore-crop"):
+        np.testing.assert_allclose(case_of(array, normalize=normalize).volume(), zscore, atol=1e-5)
     window = (array.clip(250, 350) - 250) / 100
     np.testing.assert_allclose(case_of(array, normalize="window", window=(250, 350)).volume(), window, atol=1e-6)
 
@@ -322,11 +323,13 @@ def test_voxels_labels_and_geometry_arrive(tmp_path):
     np.testing.assert_array_equal(case.affine, np.diag([1, 2, 3, 1]))
 
 
-def test_h5_keeps_the_list_order_and_is_never_normalized_again(tmp_path):
+def test_h5_keeps_the_list_order_and_is_normalized_again_only_where_asked_to(tmp_path):
     found = get(atrium(tmp_path), labeled=2)
     assert names(found.labeled) == ["ID6", "ID5"] and names(found.unlabeled) == ["ID4", "ID3", "ID2"]
     np.testing.assert_array_equal(found.labeled[0].volume()[0], scan(0).astype(np.float32) / 50 + 0.25)
     assert [case.label is None for case in found.unlabeled] == [False, False, True]  # transductive, then bare
+    again = get(tmp_path, labeled=2, normalize="zscore-crop").labeled[0].volume()[0]
+    np.testing.assert_allclose(again, (scan(0) - scan(0).mean()) / scan(0).std(), atol=1e-5)
 
 
 def test_labeled_sets_are_nested_and_the_holdout_stays(tmp_path):
