@@ -102,6 +102,9 @@ _SMALL = dict(_LA, patch=(32, 32, 32), stride=(16, 16, 16), filters=8, depth=3, 
               save_every=100)  # tuned for two CPU cores
 RECIPES: dict[str, dict] = {
     "la": _LA,
+    "la-coarse": dict(_LA, voxel=(2.5, 2.5, 2.5), patch=(48, 48, 32), stride=(24, 24, 16), depth=3, dropout=False,
+                      schedule="poly", iterations=800, pretrain=600, normalize="zscore-crop", holdout=0.2,
+                      eval_every=200, eval_cases=8, save_every=200),  # ours: an hour or so on a CPU
     "pancreas": dict(_CUBE, batch_l=4, batch_u=5, dropout=False, optimizer="adam", lr=1e-3, iterations=20000,
                      pretrain=4000, seed=1124, augment="none", noise=0.05, normalize="window",
                      voxel=(1.0, 1.0, 1.0)),  # the paper's
@@ -116,6 +119,7 @@ PRESETS = {
 }
 SOURCES = {
     "la": "2018 Atrial Segmentation Challenge in the h5 layout of github.com/yulequan/UA-MT, folder data",
+    "la-coarse": "the files of la, at 2.5 voxels in one",
     "pancreas": "NIH Pancreas-CT (cancerimagingarchive.net) as nnU-Net v2 raw, cropped to the label",
     "breast": "the paper's 200 breast MR are private: bring your own as nnU-Net v2 raw",
     "hippocampus": "Task04_Hippocampus of medicaldecathlon.com, unpacked",
