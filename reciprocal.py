@@ -75,7 +75,8 @@ class Config:
     depth: int = flag(4, "times the network halves the volume")
     dropout: bool = flag(True, "Dropout3d(0.5) after the bottleneck and before the head")
     patch: tuple = flag((112, 112, 80), "voxels a side, each a multiple of 2 ** depth")
-    voxel: tuple = flag((0.0, 0.0, 0.0), "their size in mm: scans are resampled to it, predictions back; 0: as it is")
+    voxel: tuple = flag((0.0, 0.0, 0.0), "size of these voxels in mm, an axis each: scans are resampled to it, and "
+                        "predictions back; 0 keeps the scan's")
     batch_l: int = flag(2, "labeled patches a step")
     batch_u: int = flag(2, "unlabeled patches a step; a supervised step takes batch_l + batch_u labeled ones")
     optimizer: str = flag("sgd", "SGD with momentum 0.9 and weight decay 1e-4, or Adam", ("sgd", "adam"))
@@ -86,8 +87,8 @@ class Config:
     augment: str = flag("rotflip", "rot90 and one flip in the plane; a flip of each axis; none",
                         ("rotflip", "flip", "none"))
     noise: float = flag(0.0, "standard deviation of Gaussian noise on the patches")
-    normalize: str = flag("zscore", "intensities: z-score a scan (h5 files have theirs, `zscore-crop` does it again), "
-                          "`window` to [0, 1], none", ("zscore", "zscore-crop", "window", "none"))
+    normalize: str = flag("zscore", "intensities: z-score a scan, `window` to [0, 1], none; h5 files have a z-score "
+                          "and keep it but for `zscore-crop`", ("zscore", "zscore-crop", "window", "none"))
     window: tuple = flag((-125.0, 275.0), "the lowest and highest intensity for --normalize window")
 
     stride: tuple = flag((18, 18, 4), "steps of the sliding window, in voxels of the patch")
@@ -253,8 +254,7 @@ def exam(net: nn.Module, dropout: bool = True):
 
 @torch.inference_mode()
 def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, shape=None, keep_on=None) -> Tensor:
-    """Sliding windows, softmax averaged: image (C, D, H, W) to class probabilities (classes, D, H, W) float32, or in as
-    many voxels as `shape` has.
+    """Sliding windows, softmax averaged: image (C, D, H, W) to probabilities (classes, D, H, W or `shape`) float32.
 
     A volume smaller than the patch is padded. The sums stay on the image's device and fall back to the host when
     that runs out of memory (`keep_on`). `net` is used as it is: call net.eval() first."""
@@ -263,7 +263,7 @@ def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, shap
     starts = [sorted({min(start, size - p) for start in range(0, size - p + s, s)}) for size, p, s in sizes]
     boxes = [(..., *(slice(a, a + p) for a, p in zip(corner, patch, strict=True)))
              for corner in itertools.product(*starts)]
-    keep_on, total, visits = torch.device(keep_on or image.device), None, None
+    keep_on, x, probs, prob, total, visits = torch.device(keep_on or image.device), *[None] * 5
     try:
         for some in (boxes[i : i + windows] for i in range(0, len(boxes), windows)):
             x = torch.stack([padded[box] for box in some])  # (windows, C, *patch)
@@ -276,12 +276,12 @@ def segment(net: nn.Module, image: Tensor, patch, stride, windows: int = 4, shap
                 visits[box] += 1
         total /= visits
         low = [(have - want) // 2 for have, want in zip(total.shape[1:], image.shape[1:], strict=True)]
-        inner = total[(..., *(slice(a, a + n) for a, n in zip(low, image.shape[1:], strict=True)))]
-        return data.resize(inner, shape or image.shape[1:])
+        inner = (..., *(slice(a, a + n) for a, n in zip(low, image.shape[1:], strict=True)))
+        return data.resize(total[inner], image.shape[1:] if shape is None else shape)
     except torch.OutOfMemoryError:
         if keep_on.type == "cpu":
             raise
-    del total, visits, padded  # out here, where the exception no longer holds on to what did not fit
+    del x, probs, prob, total, visits, padded  # out here the exception no longer holds on to what did not fit
     return segment(net, image, patch, stride, 1, shape, keep_on="cpu")
 
 

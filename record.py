@@ -230,7 +230,7 @@ def lower_bounds(summary: dict, run: Path) -> list[dict]:
     for path in sorted(run.parent.glob("*/summary.json")) if summary["config"]["method"] != "supervised" else ():
         with contextlib.suppress(OSError, ValueError, KeyError):  # not a summary of this version
             other = json.loads(path.read_text())
-            theirs = {"voxel": [0.0, 0.0, 0.0]} | other["config"]  # older ones have none
+            theirs = stats.BEFORE | other["config"]
             alike = [other[name] == summary[name] for name in same]
             alike += [theirs[name] == summary["config"][name] for name in scoring]
             if other["config"]["method"] == "supervised" and all(alike):

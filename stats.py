@@ -88,6 +88,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 IDLE = {"seed", "out", "root", "device", "compile", "windows", "deterministic", "log_every", "eval_every", "eval_cases",
         "save_every"}  # fmt: skip
 UNUSED = {"preset", "loss", "lesson", "student_start", "feedback", "teacher_from", "iterations", "pretrain", "budget"}
+BEFORE = {"voxel": [0.0, 0.0, 0.0]}  # fields that older runs lack, and what they did
 OWN = UNUSED | {"method", "labeled", "lr_step"}
 PAIRS = 6  # of 5 pairs the smallest two-sided p of Wilcoxon's test is 2 / 2**5, above 0.05
 
@@ -149,7 +150,7 @@ def _read_run(run: Path, network: str, part: str) -> dict:
     path = run / "summary.json"
     try:
         summary = json.loads(path.read_text())
-        config, peer = summary["config"], summary["config"]["method"] != "reciprocal"
+        config, peer = BEFORE | summary["config"], summary["config"]["method"] != "reciprocal"
         labeled, unlabeled, test = (sorted(summary["cases"][key]) for key in ("labeled", "unlabeled", "test"))
         defaults, settings = (  # texts; a run that --teacher-from names is of this seed
             {key: json.dumps(value).strip('"').replace(f"seed{config['seed']}", "seed")

@@ -265,11 +265,13 @@ def test_a_scan_smaller_than_the_patch_is_resampled_as_a_whole():
     assert torch.equal(image[0, 0, 2:14, 3:13, 0:15], whole[0]) and image.count_nonzero() == 12 * 10 * 15
     image, _ = draw([case], 1, (4, 4, 4), seed=0, stream=0, iteration=0, augment="none", voxel=(1e3, 1e3, 1e3))
     assert image.count_nonzero() == 1  # all of it in one voxel
+    image, _ = draw([case], 1, (8, 8, 8), seed=0, stream=0, iteration=0, augment="none", voxel=(0.1, 0.1, 0.1))
+    assert image.shape == (1, 1, 8, 8, 8)  # less than one of the scan's voxels along an axis
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 7), (2, 1, 7), (5, 3, 7), (6, 4, 6), (1, 1, 1)])
 def test_a_coarser_voxel_is_the_mean_of_what_it_covers(shape):
-    volume = torch.randn(2, 6, 4, 7)
+    volume = torch.randn(2, 6, 4, 7, generator=torch.Generator().manual_seed(0))
     fine = volume.double().numpy()
     for axis, new in enumerate(shape, start=1):  # each voxel in as many parts as the new grid has, then whole blocks
         fine = np.repeat(fine, new, axis)
@@ -280,11 +282,14 @@ def test_a_coarser_voxel_is_the_mean_of_what_it_covers(shape):
 
 
 def test_a_finer_voxel_lies_between_its_neighbors():
-    volume = torch.randn(2, 4, 3, 5)
+    volume = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
     for shape in ((8, 9, 5), (4, 4, 6), (5, 3, 50)):
         expected = torch.nn.functional.interpolate(volume[None], shape, mode="trilinear")[0]
         np.testing.assert_allclose(data.resize(volume, shape), expected, atol=1e-5)
     assert data.resize(volume, (4, 3, 5)) is volume
+    large = torch.arange(1000.0).view(1, 1000, 1, 1)  # sizes that are nearly alike
+    np.testing.assert_allclose(data.resize(large, (1001, 1, 1))[0, 1:-1, 0, 0],
+                               (np.arange(1, 1000) + 0.5) * 1000 / 1001 - 0.5, rtol=1e-6)
 
 
 def test_a_coarser_label_is_the_majority():

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -317,8 +318,29 @@ def test_out_of_memory_sums_on_the_host(monkeypatch):
 
     torch.testing.assert_close(segment(Full(), image, (8, 8, 8), (4, 4, 4), keep_on="meta"), expected)
     wanted.clear()
+    finer = segment(Full(), image, (8, 8, 8), (4, 4, 4), shape=(18, 9, 9), keep_on="meta")
+    torch.testing.assert_close(finer, data.resize(expected, (18, 9, 9)))
+    wanted.clear()
     with pytest.raises(torch.OutOfMemoryError):  # on the host itself there is nowhere to fall back to
         segment(Full(), image, (8, 8, 8), (4, 4, 4))
+
+
+def test_what_did_not_fit_is_gone_before_the_host_sums(monkeypatch):
+    """The upsampling of the probabilities runs out of memory: nothing of the first attempt is left in the second."""
+    image, resize, alive = torch.randn(1, 9, 9, 9), data.resize, []
+    expected = resize(segment(Position(), image, (8, 8, 8), (4, 4, 4)), (18, 9, 9))
+
+    def full(volume, shape):
+        if volume.device.type == "meta":
+            alive.append(weakref.ref(volume.untyped_storage()))
+            raise torch.OutOfMemoryError("full")
+        alive.append(alive[0]())
+        return resize(volume, shape)
+
+    monkeypatch.setattr(data, "resize", full)
+    found = segment(Position(), image, (8, 8, 8), (4, 4, 4), shape=(18, 9, 9), keep_on="meta")
+    torch.testing.assert_close(found, expected)
+    assert len(alive) == 2 and alive[1] is None
 
 
 def test_largest_component_keeps_one_part_a_class(monkeypatch):
