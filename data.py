@@ -225,7 +225,7 @@ def read_case(name: str, image_paths: list[Path], label_path: Path | None, class
         raise BadInput(f"{str(image_paths[0])!a}: a name with characters that cannot be shown; rename it")
     if image_paths[0].suffix == ".h5":
         normalize = "zscore" if normalize == "zscore-crop" else "none"
-        spacing, affine = (0.625,) * 3, np.diag([0.625, 0.625, 0.625, 1])  # the challenge's, which the file leaves out
+        spacing, affine = (0.625, 0.625, 0.625), np.eye(4)  # the challenge's; the file leaves both out
         image, label = read_h5(image_paths[0])
     else:
         stems = [stem(path) for path in image_paths]

@@ -333,6 +333,7 @@ def test_h5_keeps_the_list_order_and_is_normalized_again_only_where_asked_to(tmp
     assert names(found.labeled) == ["ID6", "ID5"] and names(found.unlabeled) == ["ID4", "ID3", "ID2"]
     np.testing.assert_array_equal(found.labeled[0].volume()[0], scan(0).astype(np.float32) / 50 + 0.25)
     assert [case.label is None for case in found.unlabeled] == [False, False, True]  # transductive, then bare
+    assert found.labeled[0].spacing == (0.625, 0.625, 0.625) and (found.labeled[0].affine == np.eye(4)).all()
     again = get(tmp_path, labeled=2, normalize="zscore-crop").labeled[0].volume()[0]
     np.testing.assert_allclose(again, (scan(0) - scan(0).mean()) / scan(0).std(), atol=1e-5)
 
