@@ -106,7 +106,7 @@ def paired(methods: dict[str, tuple[np.ndarray, dict]], reference: str, title: s
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(max(6, 1.5 + 1.7 * len(methods)), 5), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(max(7, 1.5 + 1.7 * len(methods)), 5), constrained_layout=True)
     axis.set_yscale("symlog", linthresh=5, linscale=1.5)  # one method far off must not flatten all others
     axis.axhline(0, color="0.4", lw=1)
     for x, (values, interval) in enumerate(methods.values()):
