@@ -114,7 +114,6 @@ def train(args) -> list[dict]:
     """Both formulations of the `--preset paper` step, from the same weights on the same patches."""
     cfg = reciprocal.Config(**reciprocal.PRESETS["paper"], filters=args.filters, depth=args.depth,
                             patch=tuple(args.patch), batch_l=args.batch, batch_u=args.batch, dropout=False).check()
-    torch.manual_seed(0)
     start = [reciprocal.VNet(1, 2, cfg.filters, cfg.depth).train() for _ in range(2)]
     batch = dict(x_l=torch.randn(cfg.batch_l, 1, *cfg.patch), x_u=torch.randn(cfg.batch_u, 1, *cfg.patch))
     batch["y_l"] = (F.avg_pool3d(batch["x_l"], 5, 1, 2)[:, 0] > 0).byte()
@@ -157,7 +156,6 @@ def infer(args) -> list[dict]:
 
     On one CPU thread PyTorch has a slow way of its own for small convolutions of a single sample: at small sizes most
     of the gain of several windows is that."""
-    torch.manual_seed(0)
     image = data.pad(F.avg_pool3d(torch.randn(1, *args.volume), 5, 1, 2), args.patch)
     image /= image.std()
     case = data.Case("noise", image, None, None, (1.0, 1.0, 1.0), np.eye(4))
@@ -167,22 +165,21 @@ def infer(args) -> list[dict]:
     update_bn([pair], net)
     with torch.no_grad():  # as many voxels of one class as of the other: that labels agree says something then
         net.head.bias -= net.eval()(pair).mean((0, 2, 3, 4))
-    plain = net.to(args.device)
-    ours = copy.deepcopy(plain).to(memory_format=torch.channels_last_3d)
+    ours = copy.deepcopy(net.to(args.device)).to(memory_format=torch.channels_last_3d)
 
     def segment(windows: int, dtype=torch.float32) -> Contestant:
         cfg = reciprocal.Config(patch=args.patch, stride=args.stride, depth=args.depth, windows=windows,
                                 amp=AMP[dtype]).check()
         return lambda: reciprocal.predict_label(ours, case.to(args.device), cfg).cpu().numpy(), dtype
 
-    theirs = functools.partial(peers.authors_segment, plain, image.numpy(), args.patch, args.stride)
+    theirs = functools.partial(peers.authors_segment, net, image.numpy(), args.patch, args.stride)
     several = reciprocal.Config.windows
     contestants = {"authors' loop": (lambda: theirs().argmax(0), torch.float32), "ours, 1 window": segment(1),
                    f"ours, {several} windows": segment(several)}
     if args.device.type == "cuda":
         contestants[f"ours, {several} windows, bf16"] = segment(several, torch.bfloat16)
     if installed("monai"):
-        monai = functools.partial(peers.monai_segment, plain, image, args.patch, args.stride, several)
+        monai = functools.partial(peers.monai_segment, net, image, args.patch, args.stride, several)
         contestants[f"MONAI, {several} windows"] = monai, torch.float32
     with FlopCounterMode(display=False) as counter:
         expected = theirs()
@@ -205,7 +202,6 @@ def differing(name: str, label: np.ndarray, probs: np.ndarray, tie: float) -> in
 
 def dice(args) -> list[dict]:
     """Forward and backward, against the fewest bytes."""
-    torch.manual_seed(0)
     shape = (args.batch, args.classes, *args.patch)
     logits = torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype), requires_grad=True)
     label = torch.randint(args.classes, shape[:1] + shape[2:], device=args.device, dtype=torch.uint8)
@@ -293,6 +289,7 @@ def main() -> None:
         setattr(args, name, getattr(args, name) or size)
     torch.backends.cudnn.allow_tf32 = False  # for the checks
     torch.backends.cuda.matmul.allow_tf32 = True  # for the floors, but from here on: compiled code is compiled for it
+    torch.manual_seed(0)
     rows = BENCHES[args.bench](args)
     width = max(len(row["name"]) for row in rows)
     for row in rows:

@@ -167,7 +167,7 @@ def _patch(case, patch, rng, augment, noise, voxel, labeled, device) -> tuple[Te
         flips = [axis for axis in (1, 2, 3) if rng.random() < 0.5]
     axes = [1, 0, 2] if turns % 2 else [0, 1, 2]
     shape, grid = np.array(case.image.shape[1:]), case.grid(voxel)
-    size = np.minimum(np.array(patch)[axes], grid)
+    size = np.minimum(np.take(patch, axes), grid)
     span = np.rint(size * shape / grid).clip(1).astype(int)  # the same in the scan's own voxels
     start = rng.integers(shape - span + 1)
     box = tuple(map(slice, start, start + span))
@@ -175,8 +175,7 @@ def _patch(case, patch, rng, augment, noise, voxel, labeled, device) -> tuple[Te
     def cut(volume):  # codes are moved while they are small, and decoded last
         return volume[:, *box].to(device).rot90(turns, (1, 2)).flip(flips)
 
-    image = resize(replace(case, image=cut(case.image), label=None).to(device).volume(), size[axes])
-    image = pad(image, patch)
+    image = pad(resize(replace(case, image=cut(case.image), label=None).to(device).volume(), size[axes]), patch)
     if noise:
         generator = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
         grain = torch.randn(image.shape, generator=generator, device=device)
@@ -192,8 +191,8 @@ def resize(volume: Tensor, shape: Sequence[int]) -> Tensor:
             continue
         step = old / new
         centers = (torch.arange(new, dtype=torch.float64) + 0.5) * step - 0.5
-        weights = (max(step, 1) + 1) / 2 - (torch.arange(old)[:, None] - centers).abs()  # an overlap, or a tent
-        weights = weights.clamp(0, 1)
+        distances = (torch.arange(old)[:, None] - centers).abs()
+        weights = ((max(step, 1) + 1) / 2 - distances).clamp(0, 1)  # an overlap, or a tent
         weights = (weights / weights.sum(0)).float().to(volume.device)
         with torch.autocast(volume.device.type, enabled=False):
             volume = (volume.movedim(axis, -1) @ weights).movedim(-1, axis)
