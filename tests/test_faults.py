@@ -323,20 +323,25 @@ def checkpoint(value=0, size=10) -> dict:
 
 @pytest.mark.slow
 def test_killed_while_saving_leaves_a_whole_checkpoint(tmp_path):
-    """At a random instant of the saving, 60 times: what is there is one of those that were saved, whole."""
-    path, rng, interrupted = tmp_path / "checkpoint.pt", np.random.default_rng(0), 0
+    """At a random instant, 60 times, half of them of the writing: what is there was saved, and whole."""
+    path, partial = tmp_path / "checkpoint.pt", tmp_path / ".checkpoint.pt.partial"
+    rng, interrupted = np.random.default_rng(0), 0
     record.save_checkpoint(path, checkpoint())
-    for _ in range(60):
+    for trial in range(60):
+        partial.unlink(missing_ok=True)
         child = os.fork()
         if not child:
             value = 1
             while True:
                 record.save_checkpoint(path, checkpoint(value, 500_000))
                 value += 1
-        time.sleep(0.03 + rng.uniform(0, 0.05))
+        time.sleep(0.03)
+        while trial % 2 and not partial.exists():
+            pass
+        time.sleep(rng.uniform(0, 0.001 if trial % 2 else 0.05))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        interrupted += (tmp_path / ".checkpoint.pt.partial").exists()
+        interrupted += partial.exists()
         weights = record.load_checkpoint(path)["weights"]
         assert len(weights) in (10, 500_000) and (weights == weights[0]).all()
     assert interrupted > 10  # the kills met the writing
