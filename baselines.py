@@ -43,9 +43,10 @@ def descend(optimizer: Optimizer, loss: Tensor) -> None:
 
 
 def update(optimizer: Optimizer, gradients) -> None:
-    """One step of the optimizer along gradients that are known."""
+    """One step of the optimizer along gradients that are known, which fused ones want in the layout of the weights."""
     for weight, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
-        weight.grad = gradient
+        same = gradient.stride() == weight.stride()
+        weight.grad = gradient if same else torch.empty_like(weight).copy_(gradient)
     optimizer.step()
     optimizer.zero_grad()
 

@@ -139,7 +139,8 @@ for part in "${parts[@]}"; do
             workers=()  # compiling for each test takes most of the time
             "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
             do_part tests "$python" -m pytest "${workers[@]}" tests/test_dice.py tests/test_surface.py \
-                tests/test_metrics.py::test_gpu_agrees tests/test_faults.py::test_deterministic_on_a_gpu
+                tests/test_metrics.py::test_gpu_agrees tests/test_faults.py::test_deterministic_on_a_gpu \
+                tests/test_reciprocal.py::test_a_graph_computes_what_the_step_does
             ;;
         dice-*-*) bench "$part" dice --dtype "$dtype" --classes "$classes" ;;
         surface | infer) bench "$part" "$part" ;;

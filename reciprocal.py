@@ -99,6 +99,7 @@ class Config:
     amp: str = flag("auto", "autocast; auto is bf16 on CUDA alone; on CPUs it pays with AMX", ("auto", "bf16", "off"))
     deterministic: bool = flag(False, "deterministic algorithms only")
     compile: bool = flag(False, "torch.compile of the networks: a minute or two at first, then faster steps")
+    graph: bool = flag(True, "on a GPU, the step of reciprocal and of supervised training as one CUDA graph")
     sync_norm: bool = flag(False, "batch statistics over all GPUs of torchrun, else each its own")
     log_every: int = flag(10, "iterations between two reads of the losses from the device")
     eval_every: int = flag(500, "iterations between two points of the Dice curve")
@@ -390,9 +391,10 @@ def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
 def make_optimizer(cfg: Config, net: nn.Module) -> Optimizer:
     if not isinstance(net, VNet):
         return net.optimizer()  # a method's own network brings its own
+    on_gpu = net.head.weight.is_cuda  # one kernel for all weights, which reads the learning rate on the device
     if cfg.optimizer == "adam":
-        return torch.optim.Adam(net.parameters(), lr=cfg.lr)
-    return torch.optim.SGD(net.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=1e-4)
+        return torch.optim.Adam(net.parameters(), lr=cfg.lr, fused=on_gpu, capturable=on_gpu)
+    return torch.optim.SGD(net.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=on_gpu)
 
 
 def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: Path, saved: dict | None,
@@ -408,6 +410,9 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             start = saved["iteration"]
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+        step = stage.step
+        if cfg.graph and (step is supervised_step or step is reciprocal_step and cfg.feedback != "shuffled"):
+            step = devices.graphed(step, device)
         pending = []  # what the steps returned, not yet read: reading waits for the device
         bar = tqdm(range(start, stage.iterations), stage.name, stage.iterations, initial=start, disable=QUIET)
         for iteration in bar:
@@ -418,7 +423,7 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             reseed(cfg.seed, number, iteration + 1, devices.RANK)  # with 0 these are the weights' numbers
             batch = make_batch(cfg, dataset, number, stage, iteration, device)
             with devices.autocast(cfg.amp, device):
-                scalars = stage.step(trained, optimizers, batch, cfg)
+                scalars = step(trained, optimizers, batch, cfg)
 
             done = iteration + 1
             pending.append(dict(stage=stage.name, iteration=done, lr=lr, cases=batch["cases"]) | scalars)
@@ -494,7 +499,7 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
 # ---- the command line ---------------------------------------------------------------------------------------------
 
 # What may change when a run goes on: its length and where it runs, not what it computes.
-RESUMABLE = ("root", "iterations", "device", "compile", "windows", "stride", "largest_component", "spacing",
+RESUMABLE = ("root", "iterations", "device", "compile", "graph", "windows", "stride", "largest_component", "spacing",
              "log_every", "save_every")
 
 

@@ -259,6 +259,29 @@ def test_step_never_waits_for_the_device(monkeypatch):
     supervised_step(nets[:1], optimizers[:1], batch, Config())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("feedback", ["scalar", "difference", "off"])
+def test_a_graph_computes_what_the_step_does(feedback, optimizer):
+    """Captured at the fourth call and replayed at five others, on new patches, learning rates and dropout."""
+    device = devices.settle("cuda", deterministic=True)
+    cfg, runs = replace(Config(), feedback=feedback, optimizer=optimizer), []
+    for step in (reciprocal_step, devices.graphed(reciprocal_step, device)):
+        nets, batch = networks_and_batch(dropout=True)
+        nets = [net.to(device, memory_format=torch.channels_last_3d) for net in nets]
+        optimizers, scalars = [reciprocal.make_optimizer(cfg, net) for net in nets], []
+        for iteration in range(9):
+            for optimizer_ in optimizers:
+                optimizer_.param_groups[0]["lr"] = 2.0 ** -(7 + iteration)  # exact in float32, too
+            torch.manual_seed(iteration)
+            batch = {name: x.roll(iteration, -1).to(device) for name, x in batch.items()}
+            scalars.append(step(nets, optimizers, batch | dict(iteration=iteration), cfg))
+        runs.append([x for values in [*(net.state_dict() for net in nets), *scalars] for x in values.values()])
+    torch.use_deterministic_algorithms(False)
+    assert step.graph is not None
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
 def test_lower_bound_takes_as_many_iterations_as_the_whole_reciprocal_run():
     for preset, total in (("paper", 70), ("strong", 110)):
         cfg = replace(Config(), **reciprocal.PRESETS[preset], iterations=30, pretrain=40)
