@@ -201,20 +201,22 @@ def _finish(distances, ends, scores, volume, T, TILE: tl.constexpr, PIVOTS: tl.c
         place = (n - 1).to(tl.float64) * tl.full((), 0.95, tl.float64)
         rank = tl.floor(place).to(tl.int64)
         part = place - rank.to(tl.float64)
-        low = tl.min(lowest)  # never more than `rank` distances are less than `low`
-        width = tl.max(highest) - low
+        under = tl.min(lowest)  # never more than `rank` distances are less than `under`
+        width = tl.max(highest) - under
         pieces = 1
         while pieces * PIVOTS < n:
             pieces *= PIVOTS
             width /= PIVOTS
-            pivot = low + width * (1 + tl.arange(0, PIVOTS)).to(tl.float64)
+            pivot = under + width * (1 + tl.arange(0, PIVOTS)).to(tl.float64)
             less = tl.zeros([PIVOTS, TILE], tl.int32)
             for i in tl.range(0, n, TILE, num_stages=4):
                 lane = i + tl.arange(0, TILE)
                 d = tl.load(distances + lane, lane < n, other=float("inf"))
                 less += (d[None, :] < pivot[:, None]).to(tl.int32)
-            low += width * tl.sum((tl.sum(less, 1) <= rank).to(tl.int32)).to(tl.float64)
-        count, above = 0, low
+            under += width * tl.sum((tl.sum(less, 1) <= rank).to(tl.int32)).to(tl.float64)
+        # `low` has to begin with another value than `above`: a loop of Triton carries no name that its first pass gives
+        # a value which it had before, be it another name's.
+        count, low, above = 0, width, under
         while count <= rank:  # from one distance to the next: seldom more than twice
             low = above
             up_to, next_up = tl.zeros([TILE], tl.int32), tl.full([TILE], float("inf"), tl.float64)
