@@ -138,7 +138,7 @@ for part in "${parts[@]}"; do
             "$python" -c 'import sys, torch; torch.empty(1, device=sys.argv[1])' "$device" || exit 2
             workers=()  # compiling for each test takes most of the time
             "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-            do_part tests "$python" -m pytest "${workers[@]}" tests/test_dice.py tests/test_surface.py \
+            do_part tests "$python" -m pytest "${workers[@]}" tests/test_dice.py tests/test_surface.py tests/test_norm.py \
                 tests/test_metrics.py::test_gpu_agrees tests/test_faults.py::test_deterministic_on_a_gpu \
                 tests/test_reciprocal.py::test_a_graph_computes_what_the_step_does
             ;;

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cli import BadInput
+from kernels.norm import norm_relu
 
 RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in
                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -62,21 +63,25 @@ def convolves(amp: str, device: torch.device) -> bool:
     return bool((found - expected).norm() < 0.02 * expected.norm())  # 8 bits: 0.003
 
 
-class Norm(nn.BatchNorm3d):
-    """BatchNorm3d, bit for bit, by a 4-D view on GPUs, where channels_last has no fast kernel in 5-D."""
+class Unit(nn.Sequential):
+    """Convolution, batch normalization, ReLU. On a GPU the last two, and the convolution's bias with them, are one
+    function of Triton kernels; a compiler, or batch norm over several GPUs, takes the three as they are."""
 
-    def _check_input_dim(self, x: Tensor) -> None:
-        """Either rank will do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(2, 3)).unflatten(2, x.shape[2:4]) if x.is_cuda else super().forward(x)
-
-
-class ReLU(nn.Module):
-    """In place on a CPU; on the view that `Norm` returns on a GPU autograd would pay for that with copies."""
+    def __init__(self, conv: nn.Conv3d | nn.ConvTranspose3d):
+        super().__init__(conv, nn.BatchNorm3d(conv.out_channels), nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.relu() if x.is_cuda else x.relu_()
+        conv, norm, _ = self
+        learns = norm.training or not torch.is_grad_enabled()  # the kernels have no gradient in evaluation
+        if not x.is_cuda or torch.compiler.is_compiling() or type(norm) is not nn.BatchNorm3d or not learns:
+            return super().forward(x)
+        convolve = nn.functional.conv_transpose3d if conv.transposed else nn.functional.conv3d
+        x = convolve(x, conv.weight, None, conv.stride, conv.padding)
+        tracks = norm.track_running_stats
+        if norm.training and tracks:
+            norm.num_batches_tracked += 1
+        running = (norm.running_mean, norm.running_var) if tracks or not norm.training else (None, None)
+        return norm_relu(x, conv.bias, norm.weight, norm.bias, *running, norm.training, norm.momentum, norm.eps)
 
 
 class Pointwise(nn.Conv3d):

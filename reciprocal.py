@@ -36,7 +36,7 @@ import record
 from baselines import COMPARISONS, descend, gradients_of, named_loss, supervised_step, update
 from cli import BadInput, Parser, add_flags, cli, flag, make_folder
 from data import PRESETS
-from devices import Norm, Pointwise, ReLU
+from devices import Pointwise, Unit
 from files import write_label
 
 NETWORKS = ("student", "teacher")  # those that segment
@@ -145,17 +145,14 @@ class VNet(nn.Module):
         convs = (self.CONVS + (3,) * depth)[: depth + 1]
         width = [filters * 2**level for level in range(depth + 1)]
 
-        def unit(conv: nn.Module) -> nn.Sequential:
-            return nn.Sequential(conv, Norm(conv.out_channels), ReLU())
-
         def block(n: int, before: int, after: int) -> nn.Sequential:
             ins = [before] + [after] * (n - 1)
-            return nn.Sequential(*(unit(nn.Conv3d(i, after, 3, padding=1)) for i in ins))
+            return nn.Sequential(*(Unit(nn.Conv3d(i, after, 3, padding=1)) for i in ins))
 
         pairs = list(itertools.pairwise(width))
         self.encoder = nn.ModuleList(map(block, convs, [channels] + width[1:], width))
-        self.down = nn.ModuleList(unit(nn.Conv3d(fine, coarse, 2, stride=2)) for fine, coarse in pairs)
-        self.up = nn.ModuleList(unit(nn.ConvTranspose3d(coarse, fine, 2, stride=2)) for fine, coarse in pairs)
+        self.down = nn.ModuleList(Unit(nn.Conv3d(fine, coarse, 2, stride=2)) for fine, coarse in pairs)
+        self.up = nn.ModuleList(Unit(nn.ConvTranspose3d(coarse, fine, 2, stride=2)) for fine, coarse in pairs)
         self.decoder = nn.ModuleList(map(block, convs[:-1], width[:-1], width[:-1]))
         self.dropout = nn.Dropout3d(0.5) if dropout else nn.Identity()
         self.head = Pointwise(filters, classes + maps, 1)

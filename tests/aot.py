@@ -38,7 +38,8 @@ class Job:
 
 def assert_no_spills(module: str, jobs: list[Job]) -> list[dict]:
     """A dict a job: "spills" (instructions on local memory, all 0), "registers" a thread, "loads" from global
-    memory by kind, "carried": how many values each `while` takes from one pass to the next. Skips the test where Triton or a disassembler is missing."""
+    memory by kind, "carried": how many values each `while` takes from one pass to the next. Skips the test where
+    Triton or a disassembler is missing."""
     disassembler()
     child = subprocess.run(
         [sys.executable, __file__, module],

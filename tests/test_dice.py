@@ -260,8 +260,11 @@ def test_bad_input(word, change):
 @pytest.mark.gpu
 def test_memory_synchronization_graph():
     logits, label = draw((4, 2, 112, 112, 80), "cuda")
-    factor = torch.tensor(2.0, device="cuda")
-    loss, grad = check(logits, label)
+    factor, stream = torch.tensor(2.0, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):  # the one that captures: autograd remembers
+        loss, grad = check(logits, label)
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")
@@ -272,11 +275,12 @@ def test_memory_synchronization_graph():
     assert torch.cuda.max_memory_allocated() - before - logits.nbytes < 2**20
 
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         captured = factor * dice_ce(logits, label)
         (captured_grad,) = torch.autograd.grad(captured, logits)
     factor.fill_(-4.0)
     graph.replay()
+    torch.cuda.synchronize()
     assert torch.equal(captured, -4 * loss) and torch.equal(captured_grad, -4 * grad)
 
 
