@@ -99,7 +99,7 @@ class Config:
     amp: str = flag("auto", "autocast; auto is bf16 on CUDA alone; on CPUs it pays with AMX", ("auto", "bf16", "off"))
     deterministic: bool = flag(False, "deterministic algorithms only")
     compile: bool = flag(False, "torch.compile of the networks: a minute or two at first, then faster steps")
-    graph: bool = flag(True, "on a GPU, the step of reciprocal and of supervised training as one CUDA graph")
+    graph: bool = flag(True, "on a GPU, the steps of reciprocal and supervised training as CUDA graphs")
     sync_norm: bool = flag(False, "batch statistics over all GPUs of torchrun, else each its own")
     log_every: int = flag(10, "iterations between two reads of the losses from the device")
     eval_every: int = flag(500, "iterations between two points of the Dice curve")
@@ -388,7 +388,7 @@ def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
 def make_optimizer(cfg: Config, net: nn.Module) -> Optimizer:
     if not isinstance(net, VNet):
         return net.optimizer()  # a method's own network brings its own
-    on_gpu = net.head.weight.is_cuda  # one kernel for all weights, which reads the learning rate on the device
+    on_gpu = net.head.weight.is_cuda  # then one kernel for all weights, which reads the learning rate there
     if cfg.optimizer == "adam":
         return torch.optim.Adam(net.parameters(), lr=cfg.lr, fused=on_gpu, capturable=on_gpu)
     return torch.optim.SGD(net.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=on_gpu)
@@ -407,9 +407,8 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             start = saved["iteration"]
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        step = stage.step
-        if cfg.graph and (step is supervised_step or step is reciprocal_step and cfg.feedback != "shuffled"):
-            step = devices.graphed(step, device)
+        fixed = stage.step in (supervised_step, reciprocal_step) and cfg.feedback != "shuffled"  # at every iteration
+        step = devices.graphed(stage.step, device) if cfg.graph and fixed else stage.step
         pending = []  # what the steps returned, not yet read: reading waits for the device
         bar = tqdm(range(start, stage.iterations), stage.name, stage.iterations, initial=start, disable=QUIET)
         for iteration in bar:
