@@ -43,6 +43,7 @@ import reciprocal
 import record
 from cli import BadInput, Parser, cli, write
 from kernels.dice import dice_ce, reference
+from kernels.surface import surface_scores
 
 Contestant = tuple[Callable[[], object], torch.dtype]  # what is timed, and what its floor is counted in
 AMP = {torch.float32: "off", torch.bfloat16: "bf16"}
@@ -271,6 +272,8 @@ def surface(args) -> list[dict]:
             del contestants[name]
         elif "DisTorch" not in name and any(not abs(found[key] - value) <= 1e-9 for key, value in expected.items()):
             raise BadInput(f"{name}: another distance than SciPy's; nothing is timed")
+    if args.device.type == "cuda":
+        contestants["ours, GPU, graph"] = captured(functools.partial(surface_scores, *pairs["cuda"]))
     return interleave(contestants, args.rounds, args.device)
 
 

@@ -82,8 +82,7 @@ class Config:
     optimizer: str = flag("sgd", "SGD with momentum 0.9 and weight decay 1e-4, or Adam", ("sgd", "adam"))
     lr: float = flag(0.01, "learning rate")
     schedule: str = flag("step", "lr * 0.1 every lr_step, or lr * (1 - t/T) ** 0.9", ("step", "poly"))
-    lr_step: int = flag(2500, "iterations between two steps of the schedule `step`; in proportion more for a "
-                        "comparison method, whose one stage is longer")
+    lr_step: int = flag(2500, "iterations between two steps of the schedule `step`; a comparison method's are longer")
     augment: str = flag("rotflip", "rot90 and one flip in the plane; a flip of each axis; none",
                         ("rotflip", "flip", "none"))
     noise: float = flag(0.0, "standard deviation of Gaussian noise on the patches")
