@@ -51,6 +51,13 @@ def update(optimizer: Optimizer, gradients) -> None:
     optimizer.zero_grad()
 
 
+def restore(optimizer: Optimizer, state: dict) -> None:
+    """The state of a checkpoint; how to compute remains this device's choice."""
+    own = optimizer.param_groups[0]
+    state["param_groups"][0] |= {name: own[name] for name in ("fused", "capturable") if name in own}
+    optimizer.load_state_dict(state)
+
+
 def supervised_step(nets: list[nn.Module], optimizers: list[Optimizer], batch: dict, cfg) -> dict[str, Tensor]:
     loss_l = named_loss(cfg.supervised_loss, nets[0](batch["x_l"]), batch["y_l"])
     descend(optimizers[0], loss_l)

@@ -88,7 +88,7 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     """A call as a CUDA graph: the time of the GPU, without the host's, which hands it over kernel by kernel."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        call()
+        call()  # compiles what has to be compiled
     with torch.cuda.graph(graph, stream=stream):
         call()
     return graph.replay

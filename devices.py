@@ -72,8 +72,7 @@ class Unit(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm, _ = self
-        learns = norm.training or not torch.is_grad_enabled()  # the kernels have no gradient in evaluation
-        if not x.is_cuda or torch.compiler.is_compiling() or type(norm) is not nn.BatchNorm3d or not learns:
+        if not x.is_cuda or torch.compiler.is_compiling() or type(norm) is not nn.BatchNorm3d:
             return super().forward(x)
         convolve = nn.functional.conv_transpose3d if conv.transposed else nn.functional.conv3d
         x = convolve(x, conv.weight, None, conv.stride, conv.padding)
@@ -124,43 +123,43 @@ class Graph:
     which computes nothing, and from then on replayed with the learning rates, patches and seed of each call."""
 
     def __init__(self, step: Callable):
-        self.step, self.calls, self.stream, self.graph = step, 0, torch.cuda.Stream(), None
+        self.step, self.calls, self.stream, self.graph = step, 0, torch.cuda.Stream(), torch.cuda.CUDAGraph()
 
     def __call__(self, nets: list, optimizers: list, batch: dict, cfg) -> dict[str, Tensor]:
         self.calls += 1
-        if self.calls == 4:
-            try:
-                self.capture(nets, optimizers, batch, cfg)
-            except RuntimeError as error:
-                print(f"--graph is left out, it fails here: {str(error).splitlines()[0]}", flush=True)
-        if self.graph is None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # the one that captures: autograd remembers
-                scalars = self.step(nets, optimizers, batch, cfg)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return scalars
-        for name, x in self.inputs.items():
-            x.copy_(batch[name])
+        if self.calls == 1:
+            self.rates = [torch.empty((), device=self.stream.device) for _ in optimizers]
         for rate, optimizer in zip(self.rates, optimizers, strict=True):
             rate.fill_(optimizer.param_groups[0]["lr"])
+        if self.calls < 4:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # autograd computes a weight's gradient where it was first used
+                scalars = self.on_device(nets, optimizers, batch, cfg)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return scalars
+        if self.calls == 4:
+            self.inputs = {name: x.clone() for name, x in batch.items() if isinstance(x, Tensor)}
+            try:
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self.scalars = self.on_device(nets, optimizers, batch | self.inputs, cfg)
+            except RuntimeError as error:
+                raise BadInput(f"--no-graph is needed here: {str(error).splitlines()[0]}") from None
+        for name, x in self.inputs.items():
+            x.copy_(batch[name])
         self.graph.replay()
         return {name: value.clone() for name, value in self.scalars.items()}
 
-    def capture(self, nets: list, optimizers: list, batch: dict, cfg) -> None:
+    def on_device(self, nets: list, optimizers: list, batch: dict, cfg) -> dict[str, Tensor]:
+        """The step with learning rates that a replay reads anew."""
         groups = [optimizer.param_groups[0] for optimizer in optimizers]
         rates = [group["lr"] for group in groups]
-        self.inputs = {name: x.clone() for name, x in batch.items() if isinstance(x, Tensor)}
-        self.rates = [torch.tensor(rate, device=self.stream.device) for rate in rates]
-        graph = torch.cuda.CUDAGraph()
         try:
             for group, rate in zip(groups, self.rates, strict=True):
                 group["lr"] = rate
-            with torch.cuda.graph(graph, stream=self.stream):
-                self.scalars = self.step(nets, optimizers, batch | self.inputs, cfg)
+            return self.step(nets, optimizers, batch, cfg)
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
-        self.graph = graph
 
 
 # ---- the ranks of torchrun ------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import data
 import devices
 import metrics
 import record
-from baselines import COMPARISONS, descend, gradients_of, named_loss, supervised_step, update
+from baselines import COMPARISONS, descend, gradients_of, named_loss, restore, supervised_step, update
 from cli import BadInput, Parser, add_flags, cli, flag, make_folder
 from data import PRESETS
 from devices import Pointwise, Unit
@@ -98,7 +98,7 @@ class Config:
     amp: str = flag("auto", "autocast; auto is bf16 on CUDA alone; on CPUs it pays with AMX", ("auto", "bf16", "off"))
     deterministic: bool = flag(False, "deterministic algorithms only")
     compile: bool = flag(False, "torch.compile of the networks: a minute or two at first, then faster steps")
-    graph: bool = flag(True, "on a GPU, the steps of reciprocal and supervised training as CUDA graphs")
+    graph: bool = flag(True, "on one GPU, supervised and reciprocal steps (without a random sign) as CUDA graphs")
     sync_norm: bool = flag(False, "batch statistics over all GPUs of torchrun, else each its own")
     log_every: int = flag(10, "iterations between two reads of the losses from the device")
     eval_every: int = flag(500, "iterations between two points of the Dice curve")
@@ -405,8 +405,8 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
                 continue
             start = saved["iteration"]
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-        fixed = stage.step in (supervised_step, reciprocal_step) and cfg.feedback != "shuffled"  # at every iteration
+                restore(optimizer, state)
+        fixed = stage.step is supervised_step or stage.step is reciprocal_step and cfg.feedback != "shuffled"
         step = devices.graphed(stage.step, device) if cfg.graph and fixed else stage.step
         pending = []  # what the steps returned, not yet read: reading waits for the device
         bar = tqdm(range(start, stage.iterations), stage.name, stage.iterations, initial=start, disable=QUIET)

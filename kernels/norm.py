@@ -1,4 +1,4 @@
-"""Batch normalization and ReLU of channels-last volumes as one function: five passes over memory instead of twelve.
+"""Batch normalization and ReLU of channels-last volumes as one function, with half the memory traffic.
 
 The mathematics
 ---------------
@@ -21,7 +21,8 @@ reads them again and is written: 8 x M C values in all, where PyTorch's bias, no
 y_v > 0 is computed again, from x. A left-atrium step in bf16 has 64 MB in the values of a layer at full resolution.
 
 The sums are of x less the channel's first value, in float32 and an order that depends on M and C alone: the same bits
-each time, and no cancellation where a channel's mean is large beside its deviation.
+each time, and little cancellation where a channel's mean is large beside its deviation (a first value 10 deviations
+from the mean costs the variance 3e-5 of itself).
 """
 
 import torch
@@ -92,7 +93,7 @@ if triton:
         first, second = _sum_parts(sums, parts, C, c, ROWS, WIDTH)
         shift = first / M
         mu = tl.load(x + c, c < C, other=0.0).to(tl.float32) + shift
-        s2 = tl.maximum(second / M - shift * shift, 0.0)
+        s2 = tl.maximum(second / M - shift * shift, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(mean + c, mu, c < C)
         tl.store(var + c, s2, c < C)
         if TRACK:
@@ -174,14 +175,12 @@ class _NormReLU(torch.autograd.Function):
                 mean, var = running_mean - offset, running_var
             _forward[tiles,](x, y, mean, var, weight, bias, eps, M, C, **config)
         ctx.save_for_backward(x, mean, var, weight, bias)
-        ctx.training, ctx.eps = training, eps
+        ctx.eps = eps
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        if not ctx.training:
-            raise NotImplementedError("norm_relu has no gradient in evaluation")
         x, mean, var, weight, bias = ctx.saved_tensors
         C, M = x.shape[1], x.numel() // x.shape[1]
         parts, tiles, config = launch(M, C)
@@ -210,13 +209,14 @@ def norm_relu(
 
     x: float32, float16 or bfloat16. offset, weight, bias: (C,) float32. In training the statistics are x's own, and
     running_mean and running_var, (C,) float32 or None, take a step of `momentum` toward them, in place; else they are
-    the statistics. Differentiable once in x, weight and bias, in training.
+    the statistics.
 
-    On a GPU, for channels_last_3d: three kernels forward and three backward, no synchronization, the same bits each
-    time, fit for a CUDA graph. Everything else takes the reference.
+    On a GPU, for channels_last_3d: three kernels forward and three backward, differentiable once, no synchronization,
+    the same bits each time, fit for a CUDA graph. Everything else takes the reference, gradients in evaluation too.
     """
     several = x.numel() > x.shape[1]  # values in a channel; of one PyTorch says that it has no variance
     kernels = triton and (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and several
+    kernels = kernels and (training or not torch.is_grad_enabled())
     if kernels and x.is_contiguous(memory_format=torch.channels_last_3d):
         return _NormReLU.apply(x, offset, weight, bias, running_mean, running_var, training, momentum, eps)
     return reference(x, offset, weight, bias, running_mean, running_var, training, momentum, eps)

@@ -214,8 +214,8 @@ def _finish(distances, ends, scores, volume, T, TILE: tl.constexpr, PIVOTS: tl.c
                 d = tl.load(distances + lane, lane < n, other=float("inf"))
                 less += (d[None, :] < pivot[:, None]).to(tl.int32)
             under += width * tl.sum((tl.sum(less, 1) <= rank).to(tl.int32)).to(tl.float64)
-        # `low` has to begin with another value than `above`: a loop of Triton carries no name that its first pass gives
-        # a value which it had before, be it another name's.
+        # Triton tries the body once and carries only names whose value is another afterwards. Were `low` and `above`
+        # one value at first, `low = above` would look like no change.
         count, low, above = 0, width, under
         while count <= rank:  # from one distance to the next: seldom more than twice
             low = above

@@ -337,7 +337,7 @@ def test_killed_while_saving_leaves_a_whole_checkpoint(tmp_path):
                 value += 1
         time.sleep(0.03)
         while trial % 2 and not partial.exists():
-            pass
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it lives and will write
         time.sleep(rng.uniform(0, 0.001 if trial % 2 else 0.05))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

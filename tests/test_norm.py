@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -95,11 +96,20 @@ def test_the_bias_of_a_convolution_has_no_gradient(device):
     assert not run(norm_relu, *draw(SHAPES[0], device))[2].any()
 
 
-def test_not_a_number_is_not_hidden(device):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_hidden(value, device):
     x, _, channel = draw(SHAPES[0], device)
-    x[0, 3, 0, 0, 0] = torch.nan
+    x[0, 3, 1, 0, 0] = value
     y = norm_relu(x, *channel, True)
     assert y[:, 3].isnan().all() and y[:, :3].isfinite().all()
+    assert channel[4][3].isnan() and channel[4][:3].isfinite().all()
+
+
+def test_evaluation_has_a_gradient(device):
+    x, dy, channel = draw(SHAPES[0], device)
+    for one, other in zip(*(torch.autograd.grad(f(x.requires_grad_(), *channel, False), x, dy)
+                            for f in (norm_relu, reference)), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_layouts_and_types_without_a_kernel_take_the_reference(device):
@@ -125,19 +135,26 @@ def test_reference_is_the_three_modules():
 @pytest.mark.gpu
 @pytest.mark.parametrize("conv", [nn.Conv3d(2, 3, 3, padding=1), nn.Conv3d(2, 4, 2, stride=2),
                                   nn.ConvTranspose3d(4, 2, 2, stride=2)], ids=str)
-@pytest.mark.parametrize("training", [True, False])
-def test_the_unit_on_a_gpu_is_its_modules(conv, training):
+@pytest.mark.parametrize("mode", ["training", "exam", "evaluation"])
+def test_the_unit_on_a_gpu_is_its_modules(conv, mode, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
+    training = mode != "evaluation"
     plain = devices.Unit(copy.deepcopy(conv)).double().train(training)
     unit = copy.deepcopy(plain).float().to("cuda", memory_format=torch.channels_last_3d)
     x = torch.randn(2, conv.in_channels, 8, 8, 8)
-    torch.backends.cudnn.allow_tf32 = False
+    plain[1].track_running_stats = unit[1].track_running_stats = mode != "exam"
     with torch.set_grad_enabled(training):
         y = unit(x.cuda().contiguous(memory_format=torch.channels_last_3d))
-    torch.backends.cudnn.allow_tf32 = True
-    torch.testing.assert_close(y.double().cpu(), plain(x.double()), rtol=1e-4, atol=1e-4)
+        expected = plain(x.double())
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-4, atol=1e-4)
     for one, other in zip(unit.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(one.double().cpu(), other.double(), rtol=1e-4, atol=1e-5)
+    if training:
+        pairs = (y, unit), (expected, plain)
+        grads = (torch.autograd.grad((out**2).sum(), list(net.parameters())) for out, net in pairs)
+        for one, other in zip(*grads, strict=True):  # the square has no bend
+            torch.testing.assert_close(one.double().cpu(), other, rtol=1e-3, atol=1e-2)
 
 
 def test_without_triton_the_reference_serves():

@@ -260,26 +260,42 @@ def test_step_never_waits_for_the_device(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("feedback", ["scalar", "difference", "off"])
-def test_a_graph_computes_what_the_step_does(feedback, optimizer):
+@pytest.mark.parametrize("step,feedback", [(reciprocal_step, "scalar"), (reciprocal_step, "difference"),
+                                           (reciprocal_step, "off"), (supervised_step, "off")])
+def test_a_graph_computes_what_the_step_does(step, feedback, optimizer, amp, request):
     """Captured at the fourth call and replayed at five others, on new patches, learning rates and dropout."""
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     device = devices.settle("cuda", deterministic=True)
     cfg, runs = replace(Config(), feedback=feedback, optimizer=optimizer), []
-    for step in (reciprocal_step, devices.graphed(reciprocal_step, device)):
+    for function in (step, devices.graphed(step, device)):
         nets, batch = networks_and_batch(dropout=True)
         nets = [net.to(device, memory_format=torch.channels_last_3d) for net in nets]
         optimizers, scalars = [reciprocal.make_optimizer(cfg, net) for net in nets], []
         for iteration in range(9):
-            for optimizer_ in optimizers:
-                optimizer_.param_groups[0]["lr"] = 2.0 ** -(7 + iteration)  # exact in float32, too
+            for each in optimizers:
+                each.param_groups[0]["lr"] = float(np.float32(0.01 * 0.9**iteration))  # a graph has it in float32
             torch.manual_seed(iteration)
             batch = {name: x.roll(iteration, -1).to(device) for name, x in batch.items()}
-            scalars.append(step(nets, optimizers, batch | dict(iteration=iteration), cfg))
+            with devices.autocast(amp, device):
+                scalars.append(function(nets, optimizers, batch | dict(iteration=iteration), cfg))
+                with torch.inference_mode():  # as between the points of the Dice curve
+                    nets[0].eval()(batch["x_l"])
+            nets[0].train()
         runs.append([x for values in [*(net.state_dict() for net in nets), *scalars] for x in values.values()])
-    torch.use_deterministic_algorithms(False)
-    assert step.graph is not None
+    assert function.calls == 9
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_an_optimizer_from_a_checkpoint_computes_as_its_device_does(optimizer):
+    cfg, net = replace(Config(), optimizer=optimizer), VNet(1, 2, filters=2, depth=1)
+    saved = reciprocal.make_optimizer(cfg, net).state_dict()
+    saved["param_groups"][0] |= dict(fused=True, lr=0.5)  # a run on a GPU
+    restored = reciprocal.make_optimizer(cfg, net)
+    reciprocal.restore(restored, saved)
+    assert restored.param_groups[0]["lr"] == 0.5 and not restored.param_groups[0]["fused"]
 
 
 def test_lower_bound_takes_as_many_iterations_as_the_whole_reciprocal_run():

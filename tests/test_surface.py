@@ -238,7 +238,7 @@ def test_no_configuration_spills():
             TILE=surface.PASS, PIVOTS=surface.PIVOTS),
     ]  # fmt: skip
     finish = assert_no_spills("kernels.surface", jobs)[-1]
-    # low, width and pieces; count, low and above: the interpreter does not see if the compiler forgets one
+    # under, width and pieces; count, low and above: the interpreter does not see if the compiler forgets one
     assert finish["carried"] == [3, 3]
 
 
