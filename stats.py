@@ -85,8 +85,8 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 # ---- runs compared -----------------------------------------------------------------------------------------
 
 # Fields of Config that do not change what is computed; those that only reciprocal learning uses, or whose sum counts.
-IDLE = {"seed", "out", "root", "device", "compile", "windows", "deterministic", "log_every", "eval_every", "eval_cases",
-        "save_every"}  # fmt: skip
+IDLE = {"seed", "out", "root", "device", "compile", "graph", "windows", "deterministic", "log_every", "eval_every",
+        "eval_cases", "save_every"}  # fmt: skip
 UNUSED = {"preset", "loss", "lesson", "student_start", "feedback", "teacher_from", "iterations", "pretrain", "budget"}
 BEFORE = {"voxel": [0.0, 0.0, 0.0]}  # fields that older runs lack, and what they did
 OWN = UNUSED | {"method", "labeled", "lr_step"}

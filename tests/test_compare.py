@@ -174,9 +174,13 @@ def test_names(run):
 
 def test_what_makes_no_other_method(run):
     """Where and how fast a run went; what `supervised` does not use; the seed in another run's name."""
-    still = dict(out="x", root="y", device="cpu", windows=1, deterministic=True, log_every=3, eval_every=7,
-                 eval_cases=2, save_every=9)  # fmt: skip
-    assert len(names([run(DICE[0]), run(DICE[0], seed=2, **still)])) == 1
+    still = dict(out="x", root="y", device="cpu", compile=True, graph=False, windows=1, deterministic=True, log_every=3,
+                 eval_every=7, eval_cases=2, save_every=9)  # fmt: skip
+    older = run(DICE[0], seed=3) / "summary.json"
+    summary = json.loads(older.read_text())
+    del summary["config"]["voxel"], summary["config"]["graph"]
+    older.write_text(json.dumps(summary))
+    assert len(names([run(DICE[0]), run(DICE[0], seed=2, **still), older.parent])) == 1
     unused = dict(preset="paper", feedback="off", teacher_from="z", pretrain=9)
     supervised = [run(DICE[0], method="supervised"), run(DICE[0], method="supervised", seed=2, **unused)]
     assert names(supervised) == ["supervised"]
