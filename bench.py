@@ -3,6 +3,7 @@
     python bench.py train      the reciprocal step: the authors' formulation against ours
     python bench.py infer      sliding windows over one volume: the authors' loop and MONAI's against ours
     python bench.py dice       softmax + cross-entropy + Dice, forward and backward, against eager, compiled, MONAI
+    python bench.py norm       batch norm + ReLU, forward and backward, against PyTorch's, eager and compiled
     python bench.py surface    Dice, Jaccard, ASD and 95HD of a pair of masks against MedPy, SciPy, CuPy, DisTorch
 
 Every round times each contestant once, so that whatever else the machine does hits all of them; the table shows the
@@ -14,7 +15,7 @@ the first row computes (a multiplication and an addition are two), at the rate o
 dtype. That product is timed in the same rounds; the last rows show its time for as many operations. On a GPU float32
 means TF32 in both, PyTorch's default for convolutions; the checks are in full float32. A step moves bytes as well,
 which this floor leaves out; peak_mb is the GPU memory that a call takes beyond weights, optimizer and input.
-The floor of `dice` is the fewest bytes (kernels/dice.py counts them) at the speed of a plain copy.
+The floor of `dice` and `norm` is the fewest bytes (their kernels' files count them) at the speed of a plain copy.
 """
 
 import argparse
@@ -42,6 +43,7 @@ import peers
 import reciprocal
 import record
 from cli import BadInput, Parser, cli, write
+from kernels import norm
 from kernels.dice import dice_ce, reference
 from kernels.surface import surface_scores
 
@@ -214,8 +216,27 @@ def differing(name: str, label: np.ndarray, probs: np.ndarray, tie: float) -> in
     return int(differ.sum())
 
 
+def against_bytes(forms: dict[str, Callable], inputs: list[torch.Tensor], dy, moved: int, tolerances: dict, args):
+    """Forward and backward, gradients of all inputs, with the fewest bytes at the speed of a copy as the floor; on a
+    GPU as CUDA graphs, too. Before, the first gradient is compared with that of "reference"."""
+    calls = {name: lambda form=form: torch.autograd.grad(form(*inputs), inputs, dy) for name, form in forms.items()}
+    expected = calls["reference"]()[0].float()
+    for name, tolerance in tolerances.items():
+        if name in calls and not (calls[name]()[0] - expected).norm() <= tolerance * expected.norm():
+            raise BadInput(f"{name}: another gradient than the reference; nothing is timed")
+    graphs = {f"{name}, graph": captured(call) for name, call in calls.items() if args.device.type == "cuda"}
+    rows = interleave(calls | graphs, args.rounds, args.device)
+    source, sink = torch.empty(2, 2**26, device=args.device)
+    (copied,) = interleave({"copy": lambda: sink.copy_(source)}, args.rounds, args.device)
+    floor = moved / (8 * source.numel() / copied["ms"])
+    for row in rows:
+        row |= dict(gb_per_s=moved / row["ms"] / 1e6, share_of_floor=floor / row["ms"])
+        if args.device.type == "cuda" and row["name"] in calls:
+            row["mb_beyond_gradient"] = memory(calls[row["name"]]) - inputs[0].nbytes / 1e6
+    return rows
+
+
 def dice(args) -> list[dict]:
-    """Forward and backward, against the fewest bytes."""
     shape = (args.batch, args.classes, *args.patch)
     logits = torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype), requires_grad=True)
     label = torch.randint(args.classes, shape[:1] + shape[2:], device=args.device, dtype=torch.uint8)
@@ -224,25 +245,25 @@ def dice(args) -> list[dict]:
         losses |= {"torch.compile of the reference": torch.compile(reference), "ours": dice_ce}
     if installed("monai"):
         losses["MONAI DiceCELoss (another form)"] = peers.monai_loss
-
-    calls = {name: lambda loss=loss: torch.autograd.grad(loss(logits, label), logits)[0]
-             for name, loss in losses.items()}
-    expected = calls["reference"]().float()
+    forms = {name: functools.partial(lambda loss, z: loss(z, label), loss) for name, loss in losses.items()}
+    moved = 3 * logits.nbytes + 2 * label.nbytes
     # the literature's formulas compute in the dtype of the logits, the others in float32
-    for name, tolerance in (("eager, as in the literature", 1e-2 if args.dtype == "float32" else 0.1), ("ours", 1e-2)):
-        if name in calls and not (calls[name]() - expected).norm() <= tolerance * expected.norm():
-            raise BadInput(f"{name}: another gradient than the reference; nothing is timed")
-    graphs = {f"{name}, graph": captured(call) for name, call in calls.items() if args.device.type == "cuda"}
-    rows = interleave(calls | graphs, args.rounds, args.device)
-    moved = label.numel() * (3 * args.classes * logits.element_size() + 2 * label.element_size())
-    source, sink = torch.empty(2, 2**26, device=args.device)
-    (copied,) = interleave({"copy": lambda: sink.copy_(source)}, args.rounds, args.device)
-    floor = moved / (8 * source.numel() / copied["ms"])
-    for row in rows:
-        row |= dict(gb_per_s=moved / row["ms"] / 1e6, share_of_floor=floor / row["ms"])
-        if args.device.type == "cuda" and row["name"] in calls:
-            row["mb_beyond_gradient"] = memory(calls[row["name"]]) - logits.numel() * logits.element_size() / 1e6
-    return rows
+    tolerances = {"eager, as in the literature": 1e-2 if args.dtype == "float32" else 0.1, "ours": 1e-2}
+    return against_bytes(forms, [logits], None, moved, tolerances, args)
+
+
+def normalize(args) -> list[dict]:
+    shape = (args.batch, args.filters, *args.patch)
+    x, dy = (torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype)) for _ in range(2))
+    x, dy = (y.contiguous(memory_format=torch.channels_last_3d) for y in (x, dy))
+    weights = torch.zeros(3, args.filters, device=args.device)  # no offset: to add it in bf16 would be another rounding
+    weights[1:].normal_()
+    inputs = [y.requires_grad_() for y in (x, *weights)]
+    forms = {"reference": norm.reference}
+    if args.device.type == "cuda":
+        forms |= {"torch.compile of the reference": torch.compile(norm.reference), "ours": norm.norm_relu}
+    forms = {name: functools.partial(lambda form, *x: form(*x, None, None, True), form) for name, form in forms.items()}
+    return against_bytes(forms, inputs, dy, 8 * x.nbytes, {"ours": 1e-2}, args)
 
 
 def blobs(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -277,10 +298,11 @@ def surface(args) -> list[dict]:
     return interleave(contestants, args.rounds, args.device)
 
 
-BENCHES = {"train": train, "infer": infer, "dice": dice, "surface": surface}
+BENCHES = {"train": train, "infer": infer, "dice": dice, "norm": normalize, "surface": surface}
 SIZES = {"train": dict(patch=(48, 48, 32), batch=2, filters=16),
          "infer": dict(patch=(48, 48, 32), volume=(72, 72, 56), stride=(24, 24, 12), filters=8),
-         "dice": dict(patch=(112, 112, 80), batch=4), "surface": dict(patch=(190, 140, 88))}
+         "dice": dict(patch=(112, 112, 80), batch=4), "norm": dict(patch=(112, 112, 80), batch=4, filters=16),
+         "surface": dict(patch=(190, 140, 88))}
 LEFT_ATRIUM = dict(patch=(112, 112, 80), volume=(190, 140, 88), stride=(18, 18, 4), filters=16)
 
 
@@ -296,8 +318,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="patches; so many labeled and so many unlabeled ones for train")
     parser.add_argument("--classes", type=int, default=2, help="for dice")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                        help="for dice; bfloat16 is one row more for train on a CPU")
-    parser.add_argument("--filters", type=int, help="for train and infer")
+                        help="for dice and norm; bfloat16 is one row more for train on a CPU")
+    parser.add_argument("--filters", type=int, help="for train, infer and norm")
     parser.add_argument("--depth", type=int, default=4, help="for train and infer")
     parser.add_argument("--compile", action="store_true", help="for train: a row with compiled networks")
     args = parser.parse_args()

@@ -6,7 +6,7 @@
 # The parts, in their order where none is named; each logs to OUT/PART.log:
 #     tests                                          the tests of the kernels and of --deterministic, on the GPU
 #     train infer surface surface-large              bench.py, each to OUT/PART.json as well
-#     dice-float32-2 dice-float32-14 dice-bfloat16-2 dice-bfloat16-14
+#     dice-float32-2 dice-float32-14 dice-bfloat16-2 dice-bfloat16-14 norm-float32 norm-bfloat16
 #     reciprocal-SEED supervised-SEED off-SEED       for each of SEEDS the left atrium at 20% labeled with the recipe's
 #                                                    settings: reciprocal learning, supervised, and the first with
 #                                                    --feedback off; runs of reciprocal.py in OUT/PART
@@ -117,7 +117,8 @@ learn() {
 
 parts=("$@")
 if [ $# = 0 ]; then
-    parts=(tests train infer dice-float32-2 dice-float32-14 dice-bfloat16-2 dice-bfloat16-14 surface surface-large)
+    parts=(tests train infer dice-float32-2 dice-float32-14 dice-bfloat16-2 dice-bfloat16-14
+        norm-float32 norm-bfloat16 surface surface-large)
     for seed in ${SEEDS:-1337 1338 1339}; do
         parts+=("reciprocal-$seed" "supervised-$seed" "off-$seed")
     done
@@ -143,6 +144,7 @@ for part in "${parts[@]}"; do
                 tests/test_reciprocal.py::test_a_graph_computes_what_the_step_does
             ;;
         dice-*-*) bench "$part" dice --dtype "$dtype" --classes "$classes" ;;
+        norm-*) bench "$part" norm --dtype "$dtype" ;;
         surface | infer) bench "$part" "$part" ;;
         surface-large) bench "$part" surface --patch 512 512 200 --rounds 3 ;;
         train) bench "$part" train --compile ;;
