@@ -96,6 +96,7 @@ def test_the_bias_of_a_convolution_has_no_gradient(device):
     assert not run(norm_relu, *draw(SHAPES[0], device))[2].any()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_not_hidden(value, device):
     x, _, channel = draw(SHAPES[0], device)
