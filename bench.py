@@ -3,7 +3,7 @@
     python bench.py train      the reciprocal step: the authors' formulation against ours
     python bench.py infer      sliding windows over one volume: the authors' loop and MONAI's against ours
     python bench.py dice       softmax + cross-entropy + Dice, forward and backward, against eager, compiled, MONAI
-    python bench.py norm       batch norm + ReLU, forward and backward, against PyTorch's, eager and compiled
+    python bench.py norm       batch norm + ReLU, forward and backward, against PyTorch's, eager and compiled (on a GPU)
     python bench.py surface    Dice, Jaccard, ASD and 95HD of a pair of masks against MedPy, SciPy, CuPy, DisTorch
 
 Every round times each contestant once, so that whatever else the machine does hits all of them; the table shows the
@@ -276,6 +276,8 @@ def blobs(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def surface(args) -> list[dict]:
+    if min(args.patch) < 8:
+        raise BadInput("--patch: 8 or more, or the masks may be empty")
     masks = blobs(tuple(args.patch))
     pairs = {"cpu": masks, "cuda": [torch.from_numpy(mask).to(args.device) for mask in masks]}
     contestants = {name: functools.partial(function, *pairs[where]) for name, package, function, where in (
@@ -325,7 +327,11 @@ def main() -> None:
     args = parser.parse_args()
     on_gpu = args.device.type == "cuda" and args.bench in ("train", "infer")
     for name, size in (SIZES[args.bench] | (LEFT_ATRIUM if on_gpu else {})).items():
-        setattr(args, name, getattr(args, name) or size)
+        setattr(args, name, size if getattr(args, name) is None else getattr(args, name))
+        if np.min(getattr(args, name)) < 1:
+            raise BadInput(f"--{name}: 1 or more")
+    if args.rounds < 1 or not 2 <= args.classes <= 256:
+        raise BadInput("--rounds: 1 or more; --classes: 2 to 256")
     torch.backends.cudnn.allow_tf32 = False  # for the checks
     torch.backends.cuda.matmul.allow_tf32 = True  # for the floors, but from here on: compiled code is compiled for it
     torch.manual_seed(0)

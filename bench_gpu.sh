@@ -136,7 +136,8 @@ for part in "${parts[@]}"; do
     IFS=- read -r _ dtype classes <<<"$part"
     case $part in
         tests)
-            "$python" -c 'import sys, torch; torch.empty(1, device=sys.argv[1])' "$device" || exit 2
+            "$python" -c 'import sys, torch; torch.empty(1, device=sys.argv[1])' "$device" 2>/dev/null ||
+                { echo "error: no device $device here" >&2; exit 2; }
             workers=()  # compiling for each test takes most of the time
             "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
             do_part tests "$python" -m pytest "${workers[@]}" tests/test_dice.py tests/test_surface.py tests/test_norm.py \

@@ -92,5 +92,6 @@ def add_flags(parser: Parser, config: type, *names: str) -> None:
                 kind = dict(action=argparse.BooleanOptionalAction)
             elif isinstance(field.default, tuple):
                 kind = dict(type=type(field.default[0]), nargs=len(field.default))
+            default = f" (default: {field.default}, or the recipe's)" if field.default != "" else ""
             parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                help=f"{field.metadata['help']} (default: {field.default}, or the recipe's)", **kind)
+                                help=field.metadata["help"] + default, **kind)

@@ -119,8 +119,9 @@ class Graph:
     """A step function as one CUDA graph: the host hands over one launch instead of some thousands, for which the GPU
     would wait. For steps that compute the same whatever the numbers in `batch` beside its tensors.
 
-    The first steps run as they are, so that optimizers have their states and cuDNN its choices; the next is captured,
-    which computes nothing, and from then on replayed with the learning rates, patches and seed of each call."""
+    The first three steps run as they are, so that optimizers have their states and cuDNN its choices; the next is
+    captured, which computes nothing, and from then on replayed with the learning rates and patches of each call, and
+    the random numbers that follow from the seed of torch.manual_seed."""
 
     def __init__(self, step: Callable):
         self.step, self.calls, self.stream, self.graph = step, 0, torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -133,7 +134,7 @@ class Graph:
             rate.fill_(optimizer.param_groups[0]["lr"])
         if self.calls < 4:
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # autograd computes a weight's gradient where it was first used
+            with torch.cuda.stream(self.stream):  # that captures: autograd stays with the one that a weight met first
                 scalars = self.on_device(nets, optimizers, batch, cfg)
             torch.cuda.current_stream().wait_stream(self.stream)
             return scalars

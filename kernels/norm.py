@@ -18,7 +18,7 @@ The bytes
 ---------
 Forward, the sums read x, and the result reads it again and writes y; backward, the sums read x and dL/dy, and dL/dx
 reads them again and is written: 8 x M C values in all, where PyTorch's bias, normalization and ReLU move 16. Whether
-y_v > 0 is computed again, from x. A left-atrium step in bf16 has 64 MB in the values of a layer at full resolution.
+y_v > 0 is computed again, from x. Two left-atrium patches have 64 MB of bf16 in a layer at full resolution.
 
 The sums are of x less the channel's first value, in float32 and an order that depends on M and C alone: the same bits
 each time, and little cancellation where a channel's mean is large beside its deviation (a first value 10 deviations
