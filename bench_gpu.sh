@@ -4,7 +4,7 @@
 #     while ./bench_gpu.sh runs/gpu; [ $? = 3 ]; do :; done       until everything is done
 #
 # The parts, in their order where none is named; each logs to OUT/PART.log:
-#     tests                                          the tests of the kernels and of --deterministic, on the GPU
+#     tests                                          the tests of kernels, graphs and --deterministic, on the GPU
 #     train infer surface surface-large              bench.py, each to OUT/PART.json as well
 #     dice-float32-2 dice-float32-14 dice-bfloat16-2 dice-bfloat16-14 norm-float32 norm-bfloat16
 #     reciprocal-SEED supervised-SEED off-SEED       for each of SEEDS the left atrium at 20% labeled with the recipe's
@@ -141,8 +141,8 @@ for part in "${parts[@]}"; do
             workers=()  # compiling for each test takes most of the time
             "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
             do_part tests "$python" -m pytest "${workers[@]}" tests/test_dice.py tests/test_surface.py tests/test_norm.py \
-                tests/test_metrics.py::test_gpu_agrees tests/test_faults.py::test_deterministic_on_a_gpu \
-                tests/test_reciprocal.py::test_a_graph_computes_what_the_step_does
+                tests/test_metrics.py::test_gpu_agrees tests/test_reciprocal.py::test_a_graph_computes_what_the_step_does \
+                tests/test_faults.py::test_{deterministic,resumed_equals_straight}_on_a_gpu
             ;;
         dice-*-*) bench "$part" dice --dtype "$dtype" --classes "$classes" ;;
         norm-*) bench "$part" norm --dtype "$dtype" ;;

@@ -842,6 +842,25 @@ def test_deterministic_on_a_gpu(method, folder, no_report, tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.gpu
+def test_resumed_equals_straight_on_a_gpu(folder, no_report, tmp_path, monkeypatch):
+    """Stopped while the step is a CUDA graph, some iterations after the checkpoint; resumed with plain steps at first."""
+    flags = ["--labeled", 3, *SMALL, "--iterations", 12, "--save-every", 5, "--device", "cuda", "--deterministic"]
+    assert cli("--data", folder, "--out", tmp_path / "straight", *flags) == 0
+    rate = reciprocal.learning_rate
+
+    def stopped(cfg, iteration, iterations):
+        if (iteration, iterations) == (8, 12):
+            raise KeyboardInterrupt
+        return rate(cfg, iteration, iterations)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reciprocal, "learning_rate", stopped)
+        assert cli("--data", folder, "--out", tmp_path / "resumed", *flags) == 130
+    assert cli("--resume", tmp_path / "resumed") == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
 def test_the_order_in_which_files_are_read_does_not_matter(folder, monkeypatch):
     def found():
         return data.load(str(folder), "", 3, 0.0, "zscore", (0, 1))
