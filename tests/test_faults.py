@@ -844,7 +844,7 @@ def test_deterministic_on_a_gpu(method, folder, no_report, tmp_path):
 
 @pytest.mark.gpu
 def test_resumed_equals_straight_on_a_gpu(folder, no_report, tmp_path, monkeypatch):
-    """Stopped while the step is a CUDA graph, three iterations after a checkpoint; resumed with plain steps at first."""
+    """Stopped while the step is a CUDA graph, three iterations after a checkpoint; it resumes with plain steps."""
     flags = ["--labeled", 3, *SMALL, "--iterations", 12, "--save-every", 5, "--device", "cuda", "--deterministic"]
     assert cli("--data", folder, "--out", tmp_path / "straight", *flags) == 0
     rate = reciprocal.learning_rate
