@@ -216,10 +216,10 @@ def differing(name: str, label: np.ndarray, probs: np.ndarray, tie: float) -> in
     return int(differ.sum())
 
 
-def against_bytes(forms: dict[str, Callable], inputs: list[torch.Tensor], dy, moved: int, tolerances: dict, args):
+def against_bytes(forward: dict[str, Callable], inputs: list[torch.Tensor], dy, moved: int, tolerances: dict, args):
     """Forward and backward, gradients of all inputs, with the fewest bytes at the speed of a copy as the floor; on a
     GPU as CUDA graphs, too. Before, the first gradient is compared with that of "reference"."""
-    calls = {name: lambda form=form: torch.autograd.grad(form(*inputs), inputs, dy) for name, form in forms.items()}
+    calls = {name: lambda form=form: torch.autograd.grad(form(), inputs, dy) for name, form in forward.items()}
     expected = calls["reference"]()[0].float()
     for name, tolerance in tolerances.items():
         if name in calls and not (calls[name]()[0] - expected).norm() <= tolerance * expected.norm():
@@ -228,7 +228,7 @@ def against_bytes(forms: dict[str, Callable], inputs: list[torch.Tensor], dy, mo
     rows = interleave(calls | graphs, args.rounds, args.device)
     source, sink = torch.empty(2, 2**26, device=args.device)
     (copied,) = interleave({"copy": lambda: sink.copy_(source)}, args.rounds, args.device)
-    floor = moved / (8 * source.numel() / copied["ms"])
+    floor = moved * copied["ms"] / (2 * source.nbytes)
     for row in rows:
         row |= dict(gb_per_s=moved / row["ms"] / 1e6, share_of_floor=floor / row["ms"])
         if args.device.type == "cuda" and row["name"] in calls:
@@ -245,11 +245,10 @@ def dice(args) -> list[dict]:
         losses |= {"torch.compile of the reference": torch.compile(reference), "ours": dice_ce}
     if installed("monai"):
         losses["MONAI DiceCELoss (another form)"] = peers.monai_loss
-    forms = {name: functools.partial(lambda loss, z: loss(z, label), loss) for name, loss in losses.items()}
-    moved = 3 * logits.nbytes + 2 * label.nbytes
+    forward = {name: functools.partial(loss, logits, label) for name, loss in losses.items()}
     # the literature's formulas compute in the dtype of the logits, the others in float32
     tolerances = {"eager, as in the literature": 1e-2 if args.dtype == "float32" else 0.1, "ours": 1e-2}
-    return against_bytes(forms, [logits], None, moved, tolerances, args)
+    return against_bytes(forward, [logits], None, 3 * logits.nbytes + 2 * label.nbytes, tolerances, args)
 
 
 def normalize(args) -> list[dict]:
@@ -262,8 +261,8 @@ def normalize(args) -> list[dict]:
     forms = {"reference": norm.reference}
     if args.device.type == "cuda":
         forms |= {"torch.compile of the reference": torch.compile(norm.reference), "ours": norm.norm_relu}
-    forms = {name: functools.partial(lambda form, *x: form(*x, None, None, True), form) for name, form in forms.items()}
-    return against_bytes(forms, inputs, dy, 8 * x.nbytes, {"ours": 1e-2}, args)
+    forward = {name: functools.partial(form, *inputs, None, None, True) for name, form in forms.items()}
+    return against_bytes(forward, inputs, dy, 8 * x.nbytes, {"ours": 1e-2}, args)
 
 
 def blobs(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:

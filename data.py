@@ -143,8 +143,7 @@ def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, s
     patch's voxels, to which a crop of whole voxels is resampled; 0 leaves an axis as the scan has it.
     """
     samples = []
-    drawn = enumerate(chosen(cases, n, seed=seed, stream=stream, iteration=iteration), start=1)
-    for sample, case in devices.mine([*drawn]):
+    for sample, case in devices.mine([*enumerate(chosen(cases, n, seed=seed, stream=stream, iteration=iteration), 1)]):
         rng = np.random.default_rng([seed, stream, iteration, sample])
         samples.append(_patch(case, patch, rng, augment, noise, voxel, labeled, device))
     images, labels = zip(*samples, strict=True)
@@ -178,8 +177,7 @@ def _patch(case, patch, rng, augment, noise, voxel, labeled, device) -> tuple[Te
     image = pad(resize(replace(case, image=cut(case.image), label=None).to(device).volume(), size[axes]), patch)
     if noise:
         generator = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
-        grain = torch.randn(image.shape, generator=generator, device=device)
-        image = image + noise * grain.clamp_(-2, 2)
+        image = image + noise * torch.randn(image.shape, generator=generator, device=device).clamp_(-2, 2)
     return image, pad(resize_label(cut(case.label[None])[0], size[axes])[None], patch)[0] if labeled else None
 
 
