@@ -18,14 +18,16 @@ at 2 voxels, 31,000 at 100. Squares, sums and root are in float64 and in the ord
     assd   mean of d over both surfaces pooled
     hd95   95th percentile of the same, linearly interpolated as NumPy does
 
-Four kernels and one running sum, without a synchronization: every buffer has the size of its bound, and what
-one kernel counts the next reads on the device. Bytes, for N voxels and n surface voxels of both masks:
+Five kernels and one running sum, without a synchronization: every buffer has the size of its bound, and what
+one kernel counts the next reads on the device. The percentile is exact: doubles from 0 on are in the order of their
+bits, and a radix selection finds these digit by digit. Bytes, for N voxels and n surface voxels of both masks:
 
-    rows      reads both masks, 2N; writes r to both surfaces as int16, 4N; counts voxels, tile by tile
+    rows      reads both masks, 3N; writes r to both surfaces as int16, 4N; counts voxels, tile by tile
     cumsum    of the counts: all totals, and each tile's first slot in the list of surface voxels
     compact   where a tile holds surface, reads r again (the surface is where r = 0); writes voxel numbers, 8n
     nearest   reads 2 bytes for each of some π d² offsets a point; overwrites the voxel number by the distance
-    finish    8n for the means, 8n for each of some 8 passes that corner the percentile; one program a class
+    narrow    7 passes of 8n: counts the distances by their next 9 bits; the last pass also adds up the means
+    finish    what the last pass left, 8 kB; one program a class
 
 Left atrium, N = 190x140x88, n = 44,000, mean d of 3 voxels: 14 MB, and 9 million reads by whole blocks of points
 and offsets. 512x512x200, n = 380,000: 0.3 GB.
@@ -51,9 +53,10 @@ INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 LONGEST = 1024  # voxels along an axis: r fits int16, a voxel's number int32
 FAR = tl.constexpr(1 << 14)  # r in a row without surface
 TOGETHER = 1 << 27  # voxels of one call of the kernels, at 20 bytes of memory each
-TILE = 2048  # voxels that a program of `rows` and `compact` takes
-POINTS, OFFSETS = 32, 64  # `nearest` looks at so many offsets around so many points at once
-PASS, PIVOTS = 1024, 8  # `finish` compares so many distances with so many pivots at once
+TILE, STEP = 2048, 256  # voxels that a program of `rows` and `compact` takes; `rows` in steps, a row at least
+POINTS, OFFSETS = 32, 32  # `nearest` looks at so many offsets around so many points at once
+BITS = 9  # a digit of the radix selection: 7 of them are the 63 bits of a double from 0 on
+PROGRAMS, PASS = 256, 1024  # of `narrow`, and so many distances each takes at once: the same sums on any GPU
 
 
 # 2. The reference
@@ -95,51 +98,51 @@ def _smaller(a, b):
 
 
 @jit
-def _row(mask, reach, z, y, x, D, H, W, inside):
-    """Writes r for a tile (ROWS, WIDTH) of a mask; returns the tile and the number of its surface voxels."""
-    voxel = (z * H + y) * W + x
-    m = tl.load(mask + voxel, inside, other=0) != 0
-    r, count = tl.full(m.shape, FAR, tl.int32), 0
-    if tl.max(m.to(tl.int32)) > 0:
-        core = tl.load(mask + voxel - H * W, inside & (z > 0), other=0) != 0
-        core &= tl.load(mask + voxel + H * W, inside & (z < D - 1), other=0) != 0
-        core &= tl.load(mask + voxel - W, inside & (y > 0), other=0) != 0
-        core &= tl.load(mask + voxel + W, inside & (y < H - 1), other=0) != 0
-        core &= tl.load(mask + voxel - 1, inside & (x > 0), other=0) != 0
-        core &= tl.load(mask + voxel + 1, inside & (x < W - 1), other=0) != 0
-        surface = m & ~core
-        count = tl.sum(surface.to(tl.int32))
-        before = tl.associative_scan(tl.where(surface, x, -FAR), 1, _larger)
-        after = tl.associative_scan(tl.where(surface, x, 2 * FAR), 1, _smaller, reverse=True)
-        r = tl.minimum(tl.minimum(x - before, after - x), FAR)
-    tl.store(reach + voxel, r.to(tl.int16), inside)
-    return m, count
-
-
-@jit
-def _rows(prediction, label, reach, counts, K, D, H, W, T, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _rows(prediction, label, reach, counts, D, H, W, T, STEPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """reach (2, K, N): r; counts (K, 5, T): the two surfaces, the intersection, prediction and label."""
-    tile, k, volume = tl.program_id(0), tl.program_id(1).to(tl.int64), D * H * W
-    row, x = tile * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
-    z, y, inside = row // H, row % H, (row < D * H) & (x < W)
-    p, surface_p = _row(prediction + k * volume, reach + k * volume, z, y, x, D, H, W, inside)
-    q, surface_q = _row(label + k * volume, reach + (K + k) * volume, z, y, x, D, H, W, inside)
+    tile, side, k = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    volume, x = D * H * W, tl.arange(0, WIDTH)[None, :]
+    reach += (side * tl.num_programs(2) + k) * volume
+    mask = (prediction if side == 0 else label) + k * volume
+    surfaces, both, size = 0, 0, 0
+    for step in range(tile * STEPS, tile * STEPS + STEPS):
+        row = step * ROWS + tl.arange(0, ROWS)[:, None]
+        z, y, voxel, inside = row // H, row % H, row * W + x, (row < D * H) & (x < W)
+        m, r = tl.load(mask + voxel, inside, other=0) != 0, tl.full([ROWS, WIDTH], FAR, tl.int32)
+        count = tl.sum(m.to(tl.int32))
+        if count > 0:
+            core = tl.load(mask + voxel - H * W, inside & (z > 0), other=0) != 0
+            core &= tl.load(mask + voxel + H * W, inside & (z < D - 1), other=0) != 0
+            core &= tl.load(mask + voxel - W, inside & (y > 0), other=0) != 0
+            core &= tl.load(mask + voxel + W, inside & (y < H - 1), other=0) != 0
+            core &= tl.load(mask + voxel - 1, inside & (x > 0), other=0) != 0
+            core &= tl.load(mask + voxel + 1, inside & (x < W - 1), other=0) != 0
+            surface = m & ~core
+            before = tl.associative_scan(tl.where(surface, x, -FAR), 1, _larger)
+            after = tl.associative_scan(tl.where(surface, x, 2 * FAR), 1, _smaller, reverse=True)
+            r = tl.minimum(tl.minimum(x - before, after - x), FAR)
+            surfaces += tl.sum(surface.to(tl.int32))
+            size += count
+            other = tl.load(label + k * volume + voxel, m & (side == 0), other=0) != 0
+            both += tl.sum(other.to(tl.int32))
+        tl.store(reach + voxel, r.to(tl.int16), inside)
     counts += k * 5 * T + tile
-    tl.store(counts, surface_p)
-    tl.store(counts + T, surface_q)
-    tl.store(counts + 2 * T, tl.sum((p & q).to(tl.int32)))
-    tl.store(counts + 3 * T, tl.sum(p.to(tl.int32)))
-    tl.store(counts + 4 * T, tl.sum(q.to(tl.int32)))
+    tl.store(counts + side * T, surfaces)
+    tl.store(counts + (3 + side) * T, size)
+    tl.store(counts + 2 * T, both, side == 0)
 
 
 @jit
-def _compact(reach, counts, ends, points, volume, span, T, TILE: tl.constexpr):
+def _compact(reach, counts, ends, points, tallies, volume, span, T, TILE: tl.constexpr, SIZE: tl.constexpr):
     """points (K, 2N): the numbers of the prediction's surface voxels in order, behind them the label's."""
     tile, side, k = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    lane = tl.arange(0, TILE)
+    if (tile == 0) & (side == 0):
+        for start in range(0, SIZE, TILE):
+            tl.store(tallies + k * SIZE + start + lane, tl.zeros([TILE], tl.int64), start + lane < SIZE)
     entry = (k * 5 + side) * T + tile
     count = tl.load(counts + entry)
     if count > 0:
-        lane = tl.arange(0, TILE)
         voxel = tile * span + lane
         inside = (lane < span) & (voxel < volume)
         surface = tl.load(reach + (side * tl.num_programs(2) + k) * volume + voxel, inside, other=FAR) == 0
@@ -148,9 +151,9 @@ def _compact(reach, counts, ends, points, volume, span, T, TILE: tl.constexpr):
 
 
 @jit
-def _nearest(points, distances, reach, ends, s_x, dz, dy, length, D, H, W, T,
+def _nearest(points, reach, ends, s_x, dz, dy, length, D, H, W, T,
              POINTS: tl.constexpr, OFFSETS: tl.constexpr):  # fmt: skip
-    """Overwrites each point by its distance to the other surface: `points` and `distances` are one memory."""
+    """Overwrites each point by the bits of its distance to the other surface."""
     k, volume = tl.program_id(1).to(tl.int64), D * H * W
     ends += k * 5 * T - 1
     n_p, n = tl.load(ends + T), tl.load(ends + 2 * T)
@@ -172,64 +175,87 @@ def _nearest(points, distances, reach, ends, s_x, dz, dy, length, D, H, W, T,
                 square = tl.load(length + offset) + d_x * d_x
                 best = tl.minimum(best, tl.min(tl.where(r < FAR, square, float("inf")), 0))
                 j += OFFSETS
-            tl.store(distances + slot, tl.sqrt(best), i < n)
+            tl.store(points + slot, tl.sqrt(best).to(tl.int64, bitcast=True), i < n)
 
 
 @jit
-def _finish(distances, ends, scores, volume, T, TILE: tl.constexpr, PIVOTS: tl.constexpr):
+def _place(n):
+    """Rank of the 95th percentile of n numbers, from 0, and how far it lies towards the next one."""
+    place = (n - 1).to(tl.float64) * tl.full((), 0.95, tl.float64)
+    return tl.floor(place).to(tl.int64), place - tl.floor(place)
+
+
+@jit
+def _pick(tally, BINS: tl.constexpr):
+    """The prefix with one digit more, the rank among the numbers that have it, and the tally's counts."""
+    prefix, rank = tl.load(tally + BINS), tl.load(tally + BINS + 1)
+    count = tl.load(tally + tl.arange(0, BINS))
+    up_to = tl.cumsum(count)
+    digit = tl.sum((up_to <= rank).to(tl.int64))
+    return prefix * BINS + digit, rank - tl.max(tl.where(up_to <= rank, up_to, 0)), count
+
+
+@jit
+def _narrow(points, ends, tallies, parts, volume, T, shift,
+            TILE: tl.constexpr, BITS: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+    """tallies (K, 63 / BITS, 2^BITS + 2), the last pass first: numbers by their digit, BITS bits from `shift` on, of
+    those with the percentile's prefix; that prefix, and the rank among them. Every program finds the latter two from
+    the tally before. parts (K, 3, programs), left by the last pass: two sums, the least distance beyond the prefix.
+    """
+    program, programs, k = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    BINS: tl.constexpr = 1 << BITS
+    points, ends = points + k * 2 * volume, ends + k * 5 * T - 1
+    tally, part = tallies + (k * (63 // BITS) + shift // BITS) * (BINS + 2), parts + k * 3 * programs + program
+    n_p, n = tl.load(ends + T), tl.load(ends + 2 * T)
+    if (n_p > 0) & (n_p < n):
+        prefix, rank = n * 0, _place(n)[0]
+        if shift + BITS < 63:
+            prefix, rank, _ = _pick(tally + BINS + 2, BINS)
+        tl.store(tally + BINS, prefix, program == 0)
+        tl.store(tally + BINS + 1, rank, program == 0)
+        count, beyond = tl.zeros([BINS], tl.int32), tl.full([TILE], float("inf"), tl.float64)
+        forward, backward = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.float64)
+        for start in range(program * TILE, n, programs * TILE):
+            lane = start + tl.arange(0, TILE)
+            bits = tl.load(points + lane, lane < n, other=0)
+            higher, digit = bits >> (shift + BITS), (bits >> shift) & (BINS - 1)
+            count += tl.histogram(digit.to(tl.int32), BINS, (lane < n) & (higher == prefix))
+            if LAST:
+                d = bits.to(tl.float64, bitcast=True)
+                forward += tl.where(lane < n_p, d, 0.0)
+                backward += tl.where(lane < n_p, 0.0, d)
+                beyond = tl.minimum(beyond, tl.where((lane < n) & (higher > prefix), d, float("inf")))
+        tl.atomic_add(tally + tl.arange(0, BINS), count.to(tl.int64), count > 0, sem="relaxed")
+        if LAST:
+            tl.store(part, tl.sum(forward))
+            tl.store(part + programs, tl.sum(backward))
+            tl.store(part + 2 * programs, tl.min(beyond))
+
+
+@jit
+def _finish(tallies, parts, ends, scores, T, PROGRAMS: tl.constexpr, BITS: tl.constexpr):
     """scores (K, 6), a program a row."""
     k = tl.program_id(0).to(tl.int64)
-    distances, ends, scores = distances + k * 2 * volume, ends + k * 5 * T - 1, scores + k * 6
+    BINS: tl.constexpr = 1 << BITS
+    ends, scores = ends + k * 5 * T - 1, scores + k * 6
     for field in tl.static_range(3):
         tl.store(scores + field, tl.load(ends + (field + 3) * T) - tl.load(ends + (field + 2) * T))
         tl.store(scores + field + 3, float("nan"))
     n_p, n = tl.load(ends + T), tl.load(ends + 2 * T)
     if (n_p > 0) & (n_p < n):
-        forward, backward = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.float64)
-        lowest, highest = tl.full([TILE], float("inf"), tl.float64), tl.zeros([TILE], tl.float64)
-        for i in tl.range(0, n, TILE, num_stages=4):
-            lane = i + tl.arange(0, TILE)
-            d = tl.load(distances + lane, lane < n, other=0.0)
-            forward += tl.where(lane < n_p, d, 0.0)
-            backward += tl.where(lane < n_p, 0.0, d)
-            lowest = tl.minimum(lowest, tl.where(lane < n, d, float("inf")))
-            highest = tl.maximum(highest, d)
-        total = tl.sum(forward)
-        tl.store(scores + 3, total / n_p.to(tl.float64))
-        tl.store(scores + 4, (total + tl.sum(backward)) / n.to(tl.float64))
+        part = parts + k * 3 * PROGRAMS + tl.arange(0, PROGRAMS)
+        forward, backward, beyond = tl.load(part), tl.load(part + PROGRAMS), tl.load(part + 2 * PROGRAMS)
+        tl.store(scores + 3, tl.sum(forward) / n_p.to(tl.float64))
+        tl.store(scores + 4, (tl.sum(forward) + tl.sum(backward)) / n.to(tl.float64))
 
-        place = (n - 1).to(tl.float64) * tl.full((), 0.95, tl.float64)
-        rank = tl.floor(place).to(tl.int64)
-        part = place - rank.to(tl.float64)
-        under = tl.min(lowest)  # never more than `rank` distances are less than `under`
-        width = tl.max(highest) - under
-        pieces = 1
-        while pieces * PIVOTS < n:
-            pieces *= PIVOTS
-            width /= PIVOTS
-            pivot = under + width * (1 + tl.arange(0, PIVOTS)).to(tl.float64)
-            less = tl.zeros([PIVOTS, TILE], tl.int32)
-            for i in tl.range(0, n, TILE, num_stages=4):
-                lane = i + tl.arange(0, TILE)
-                d = tl.load(distances + lane, lane < n, other=float("inf"))
-                less += (d[None, :] < pivot[:, None]).to(tl.int32)
-            under += width * tl.sum((tl.sum(less, 1) <= rank).to(tl.int32)).to(tl.float64)
-        # Triton tries the body once and carries only names whose value is another afterwards. Were `low` and `above`
-        # one value at first, `low = above` would look like no change.
-        count, low, above = 0, width, under
-        while count <= rank:  # from one distance to the next: seldom more than twice
-            low = above
-            up_to, next_up = tl.zeros([TILE], tl.int32), tl.full([TILE], float("inf"), tl.float64)
-            for i in tl.range(0, n, TILE, num_stages=4):
-                lane = i + tl.arange(0, TILE)
-                d = tl.load(distances + lane, lane < n, other=float("inf"))
-                up_to += (d <= low).to(tl.int32)
-                next_up = tl.minimum(next_up, tl.where(d > low, d, float("inf")))
-            count, above = tl.sum(up_to), tl.min(next_up)
-        high = tl.where(count > rank + 1, low, above)
-        gap = high - low
-        hd95 = tl.where(part < 0.5, low + gap * part, high - gap * (1 - part))  # NumPy's formulas
-        tl.store(scores + 5, hd95)
+        picked, rank, count = _pick(tallies + k * (63 // BITS) * (BINS + 2), BINS)
+        bits = (picked & -BINS) + tl.arange(0, BINS)  # of the distances in each bin
+        equal = tl.sum(tl.where(bits == picked, count, 0))
+        greater = tl.where((bits > picked) & (count > 0), bits.to(tl.float64, bitcast=True), float("inf"))
+        low = picked.to(tl.float64, bitcast=True)
+        high = tl.where(rank + 1 < equal, low, tl.minimum(tl.min(greater), tl.min(beyond)))
+        gap, share = high - low, _place(n)[1]
+        tl.store(scores + 5, tl.where(share < 0.5, low + gap * share, high - gap * (1 - share)))  # NumPy's formulas
 
 
 # 4. The public function
@@ -267,23 +293,27 @@ def _launch(prediction: Tensor, label: Tensor, spacing: tuple[float, ...], score
     K, D, H, W = label.shape
     volume, device = D * H * W, label.device
     width = max(16, triton.next_power_of_2(W))
-    rows = TILE // width
-    tiles = triton.cdiv(D * H, rows)
+    rows, size = max(1, STEP // width), 63 // BITS * ((1 << BITS) + 2)
+    steps = TILE // (rows * width)
+    tiles = triton.cdiv(D * H, steps * rows)
     reach = torch.empty(2, K, volume, dtype=torch.int16, device=device)
     counts = torch.empty(K, 5 * tiles, dtype=torch.int64, device=device)
-    distances = torch.empty(K, 2 * volume, dtype=torch.float64, device=device)
-    points = distances.view(torch.int64)
+    points = torch.empty(K, 2 * volume, dtype=torch.int64, device=device)
+    tallies = torch.empty(K, size, dtype=torch.int64, device=device)
+    parts = torch.empty(K, 3 * PROGRAMS, dtype=torch.float64, device=device)
     table = _offsets(spacing, *(max(16, triton.next_power_of_2(axis)) for axis in (D, H)), device)
     programs = min(4096, triton.cdiv(2 * volume, POINTS))
     unfused = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where SciPy rounds twice
 
-    # In the longest rows some versions spill registers with 16 warps, others with 8 and no word on how many there are.
-    threads = {"num_warps": 16} if width < LONGEST else {"num_warps": 8, "maxnreg": 255}
-    _rows[tiles, K](prediction, label, reach, counts, K, D, H, W, tiles, rows, width, **threads)
+    # Triton lays the warps along the rows first: two warps in one row would scan it through shared memory.
+    warps = max(1, width // STEP)
+    _rows[tiles, 2, K](prediction, label, reach, counts, D, H, W, tiles, steps, rows, width, num_warps=warps)
     ends = counts.cumsum(1)  # (K, 5 * tiles)
-    _compact[tiles, 2, K](reach, counts, ends, points, volume, rows * W, tiles, TILE)
-    _nearest[programs, K](points, distances, reach, ends, *table, D, H, W, tiles, POINTS, OFFSETS, **unfused)
-    _finish[K,](distances, ends, scores, volume, tiles, PASS, PIVOTS, num_warps=16, **unfused)
+    _compact[tiles, 2, K](reach, counts, ends, points, tallies, volume, steps * rows * W, tiles, TILE, size)
+    _nearest[programs, K](points, reach, ends, *table, D, H, W, tiles, POINTS, OFFSETS, **unfused)
+    for shift in range(63 - BITS, -1, -BITS):
+        _narrow[PROGRAMS, K](points, ends, tallies, parts, volume, tiles, shift, PASS, BITS, shift == 0, num_warps=8)
+    _finish[K,](tallies, parts, ends, scores, tiles, PROGRAMS, BITS, **unfused)
 
 
 @lru_cache(maxsize=8)

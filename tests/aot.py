@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+LOOP = r"scf\.(?:while|for .*? iter_args)\s?\((.*?)\) (?::|->)"  # what it carries, "%x = %first, %y = %other"
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Job:
 
 def assert_no_spills(module: str, jobs: list[Job]) -> list[dict]:
     """A dict a job: "spills" (instructions on local memory, all 0), "registers" a thread, "loads" from global
-    memory by kind, "carried": how many values each `while` takes from one pass to the next. Skips the test where
+    memory by kind, "carried": how many values each loop takes from one pass to the next. Skips the test where
     Triton or a disassembler is missing."""
     disassembler()
     child = subprocess.run(
@@ -88,7 +89,7 @@ def measure(fn, job: Job) -> dict:
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "registers": 1 + max(int(n) for n in re.findall(r"\bR(\d+)\b", sass)),
         "loads": Counter(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*", sass)),
-        "carried": [line.count(" = ") for line in re.findall(r"scf\.while \((.*?)\) :", compiled.asm["ttir"])],
+        "carried": [line.count(" = ") for line in re.findall(LOOP, compiled.asm["ttir"])],
     }
 
 

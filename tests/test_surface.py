@@ -21,7 +21,9 @@ MILLIMETERS = (0.7, 1.3, 3.1)  # no axis like another, no number that binary fra
 @pytest.fixture(autouse=True)
 def small_tiles(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(surface, "TILE", 256)  # several tiles even in a small volume
+        # several tiles, steps and programs even in a small volume
+        for name, value in {"TILE": 256, "STEP": 128, "PASS": 128, "PROGRAMS": 2}.items():
+            monkeypatch.setattr(surface, name, value)
 
 
 def blobs(shape, seed, share=0.3):
@@ -157,12 +159,22 @@ def test_layout_and_type_of_the_masks_change_no_bit(device):
 RNG = np.random.default_rng(0)
 SETS = {
     "two": RNG.random(2),
+    "two alike": np.full(2, 2.3),
     "ties": np.sqrt(RNG.integers(0, 9, 3000)),
     "nearly all zero": np.where(RNG.random(2500) < 0.06, 7.5, 0),
+    "all zero": np.zeros(70),
     "all equal": np.full(100, 2.3),
+    "two values, the rank between them": np.repeat([1.5, np.nextafter(1.5, 2)], [95, 5])[RNG.permutation(100)],
+    "two values, the rank at the second": np.repeat([1.5, np.nextafter(1.5, 2)], [94, 5])[RNG.permutation(99)],
+    "two values an exponent apart": np.repeat([0.3, 80.0], [950, 51])[RNG.permutation(1001)],
     "an outlier": np.append(RNG.random(400), 100),
     "a far cluster": 1e4 + RNG.random(2100) * 1e-6,
     "neighboring numbers": 1 + RNG.integers(0, 40, 200) * np.spacing(1.0),
+    "last in its bin": np.array([1.0] * 90 + [2.0] * 5 + [4.0, 4.0, 5.0, 6.0, 7.0]),
+    "any magnitude": np.exp2(RNG.uniform(-1000, 1000, 777)),
+    "spacings that differ in the last bits": np.sqrt(
+        (RNG.integers(0, 4, 4000) * 0.7) ** 2 + (RNG.integers(0, 4, 4000) * (0.1 + 0.2 + 0.4)) ** 2
+    ),
     "part 0": RNG.random(21),  # 0.95 * 20 is a whole number
     "part 0.85": np.random.default_rng(0).random(4),  # NumPy's two formulas differ by a bit
 }
@@ -173,14 +185,21 @@ def test_means_and_percentile_of_any_distances(name, device):
     distances = SETS[name]
     n, first = len(distances), len(distances) // 2
     ends = torch.tensor([first, n, n + 3, n + 8, n + 15], device=device)
-    scores = torch.empty(1, 6, dtype=torch.float64, device=device)
+    scores, bits, programs = torch.empty(1, 6, dtype=torch.float64, device=device), surface.BITS, surface.PROGRAMS
     pooled = torch.from_numpy(distances).to(device)
-    options = {"num_warps": 16, "enable_fp_fusion": False}
-    surface._finish[1,](pooled, ends, scores, n, 1, surface.PASS, surface.PIVOTS, **options)
+    tallies = torch.zeros(63 // bits, 2**bits + 2, dtype=torch.int64, device=device)
+    parts = torch.full((3, programs), math.nan, dtype=torch.float64, device=device)
+    for shift in range(63 - bits, -1, -bits):
+        surface._narrow[programs, 1](
+            pooled.view(torch.int64), ends, tallies, parts, n, 1, shift, surface.PASS, bits, shift == 0, num_warps=8
+        )
+    surface._finish[1,](tallies, parts, ends, scores, 1, programs, bits, enable_fp_fusion=False)
     assert scores[0, :3].tolist() == [3, 5, 7]
     means = [distances[:first].mean(), distances.mean()]
     np.testing.assert_allclose(scores[0, 3:5].cpu(), means, rtol=1e-14)
     assert scores[0, 5] == np.percentile(distances, 95)
+    higher = torch.from_numpy(distances.view(np.int64) >> bits)  # the last tally: of one prefix, no distance lost
+    assert tallies[0, :-2].sum() == (higher == tallies[0, -2].cpu()).sum()
 
 
 ONE = torch.ones(2, 3, 4, dtype=torch.bool)
@@ -223,23 +242,28 @@ def test_no_configuration_spills():
         kinds |= dict.fromkeys(constexprs, "constexpr")
         return Job(kernel, kinds, constexprs, num_warps, maxnreg=maxnreg)
 
-    masks, where = "prediction:*u8 label:*u8", "reach:*i16 counts:*i64"
     shape, table = "D:i32 H:i32 W:i32 T:i32", "s_x:*fp64 dz:*i32 dy:*i32 length:*fp64"
-    rows = f"{masks} {where} K:i32 {shape}"
-    tiles = [{"ROWS": 2048 // width, "WIDTH": width} for width in (16, 32, 64, 128, 256, 512, 1024)]
-    jobs = [job("_rows", rows, 16, **tile) for tile in tiles[:-1]] + [job("_rows", rows, 8, 255, **tiles[-1])]
-    jobs += [
-        job("_rows", rows.replace("W:i32", "W:i32:16"), 16, **tiles[-2]),
-        job("_rows", rows.replace("W:i32", "W:i32:16"), 8, 255, **tiles[-1]),
-        job("_compact", f"{where} ends:*i64 points:*i64 volume:i32 span:i32 T:i32", TILE=2048),
-        job("_nearest", f"points:*i64 distances:*fp64 reach:*i16 ends:*i64 {table} {shape}",
-            POINTS=surface.POINTS, OFFSETS=surface.OFFSETS),
-        job("_finish", "distances:*fp64 ends:*i64 scores:*fp64 volume:i32 T:i32", 16,
-            TILE=surface.PASS, PIVOTS=surface.PIVOTS),
+    rows = f"prediction:*u8 label:*u8 reach:*i16 counts:*i64 {shape}"
+    compact = "reach:*i16 counts:*i64 ends:*i64 points:*i64 tallies:*i64 volume:i32 span:i32 T:i32"
+    narrow = "points:*i64 ends:*i64 tallies:*i64 parts:*fp64 volume:i32 T:i32 shift:i32"
+    passes, size = dict(TILE=surface.PASS, BITS=surface.BITS), 63 // surface.BITS * (2**surface.BITS + 2)
+    tiles = [(width, dict(ROWS=max(256 // width, 1), WIDTH=width)) for width in (16, 32, 64, 128, 256, 512, 1024)]
+    jobs = [
+        job("_rows", kinds, max(width // 256, 1), STEPS=2048 // max(256, width), **tile)
+        for width, tile in tiles for kinds in (rows, rows.replace("W:i32", "W:i32:16"))
     ]  # fmt: skip
-    finish = assert_no_spills("kernels.surface", jobs)[-1]
-    # under, width and pieces; count, low and above: the interpreter does not see if the compiler forgets one
-    assert finish["carried"] == [3, 3]
+    jobs += [job("_compact", compact, TILE=2048, SIZE=size)]
+    jobs += [
+        job("_finish", "tallies:*i64 parts:*fp64 ends:*i64 scores:*fp64 T:i32", PROGRAMS=256, BITS=surface.BITS),
+        job("_nearest", f"points:*i64 reach:*i16 ends:*i64 {table} {shape}",
+            POINTS=surface.POINTS, OFFSETS=surface.OFFSETS),
+        job("_narrow", narrow, 8, LAST=False, **passes),
+        job("_narrow", narrow + ":16", 8, LAST=True, **passes),
+    ]  # fmt: skip
+    carried = [result["carried"] for result in assert_no_spills("kernels.surface", jobs)]
+    # three counts of a tile; `best` and j of a block of points; the tally, then both sums and the least distance beyond
+    # as well: the interpreter does not see if the compiler forgets one
+    assert carried[:14] == [[3]] * 14 and carried[-3:] == [[2], [1], [4]]
 
 
 @pytest.mark.gpu
