@@ -37,8 +37,8 @@ except ImportError:  # no Triton on this platform: the reference serves
     triton = None
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-TILE = 4096  # values that a program looks at together
-PARTS = 512  # at most so many programs have sums of their own
+TILE, SUMMED = 4096, 2048  # values that a program looks at together; in sums fewer, with the next on their way
+PARTS = 264  # at most so many programs have sums of their own
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -78,7 +78,7 @@ if triton:
         c = tl.arange(0, WIDTH)[None, :]
         origin = tl.load(x + c, c < C, other=0.0).to(tl.float32)
         first, second = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
-        for start in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
+        for start in tl.range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS, num_stages=3):
             row = start + tl.arange(0, ROWS)[:, None]
             d = tl.where(row < M, _load(x, row, c, M, C) - origin, 0.0)
             first += d
@@ -88,8 +88,8 @@ if triton:
     @triton.jit
     def _statistics(x, sums, mean, var, offset, running_mean, running_var, momentum, parts, M, C,
                     TRACK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-        """mean and var (C), and the running ones a step on."""
-        c = tl.arange(0, WIDTH)[None, :]
+        """mean and var (C), and the running ones a step on; WIDTH channels a program."""
+        c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
         first, second = _sum_parts(sums, parts, C, c, ROWS, WIDTH)
         shift = first / M
         mu = tl.load(x + c, c < C, other=0.0).to(tl.float32) + shift
@@ -123,7 +123,7 @@ if triton:
         c = tl.arange(0, WIDTH)[None, :]
         w, b = tl.load(weight + c, c < C, other=0.0), tl.load(bias + c, c < C, other=0.0)
         first, second = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
-        for start in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
+        for start in tl.range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS, num_stages=3):
             row = start + tl.arange(0, ROWS)[:, None]
             n, _ = _normalize(x, mean, var, eps, row, c, M, C)
             g = tl.where(n * w + b > 0, _load(dy, row, c, M, C), 0.0)
@@ -133,8 +133,8 @@ if triton:
 
     @triton.jit
     def _backward_finish(sums, grads, parts, C, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-        """grads (3, C): of offset, weight and bias."""
-        c = tl.arange(0, WIDTH)[None, :]
+        """grads (3, C): of offset, weight and bias; WIDTH channels a program."""
+        c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
         first, second = _sum_parts(sums, parts, C, c, ROWS, WIDTH)
         tl.store(grads + c, tl.zeros([1, WIDTH], tl.float32), c < C)
         tl.store(grads + C + c, second, c < C)
@@ -150,30 +150,35 @@ if triton:
         tl.store(dx + row.to(tl.int64) * C + c, w * inverse * (g - (db + n * dw) / M), (row < M) & (c < C))
 
 
-def launch(M: int, C: int) -> tuple[int, int, dict]:
-    """Programs that sum, programs that write, and the tiles of both."""
+def launch(M: int, C: int) -> tuple[tuple[int, dict], ...]:
+    """Of the kernels that sum, that add up the parts of such sums, and that write: the programs, and their tiles."""
     width = triton.next_power_of_2(C)
-    rows = max(1, TILE // width)
-    tiles = triton.cdiv(M, rows)
-    return min(tiles, PARTS), tiles, dict(ROWS=rows, WIDTH=width, num_warps=8)
+    few = min(width, 16)
+
+    def tile(size: int, width: int) -> dict:
+        return dict(ROWS=max(1, size // width), WIDTH=width, num_warps=8)
+
+    summing, adding, writing = tile(SUMMED, width), tile(TILE, few), tile(TILE, width)
+    parts, programs = (triton.cdiv(M, config["ROWS"]) for config in (summing, writing))
+    return (min(parts, PARTS), summing), (triton.cdiv(C, few), adding), (programs, writing)
 
 
 class _NormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, offset, weight, bias, running_mean, running_var, training, momentum, eps):
         C, M = x.shape[1], x.numel() // x.shape[1]
-        parts, tiles, config = launch(M, C)
+        (parts, summing), (groups, adding), (tiles, writing) = launch(M, C)
         y = torch.empty_like(x)
         with torch.cuda.device_of(x):
             if training:
                 mean, var = x.new_empty((2, C), dtype=torch.float32)
                 sums = x.new_empty((parts, 2, C), dtype=torch.float32)
-                _moments[parts,](x, sums, M, C, **config)
-                _statistics[1,](x, sums, mean, var, offset, running_mean, running_var, momentum, parts, M, C,
-                                TRACK=running_mean is not None, **config)  # fmt: skip
+                _moments[parts,](x, sums, M, C, **summing)
+                _statistics[groups,](x, sums, mean, var, offset, running_mean, running_var, momentum, parts, M, C,
+                                     TRACK=running_mean is not None, **adding)  # fmt: skip
             else:
                 mean, var = running_mean - offset, running_var
-            _forward[tiles,](x, y, mean, var, weight, bias, eps, M, C, **config)
+            _forward[tiles,](x, y, mean, var, weight, bias, eps, M, C, **writing)
         ctx.save_for_backward(x, mean, var, weight, bias)
         ctx.eps = eps
         return y
@@ -183,14 +188,14 @@ class _NormReLU(torch.autograd.Function):
     def backward(ctx, dy):
         x, mean, var, weight, bias = ctx.saved_tensors
         C, M = x.shape[1], x.numel() // x.shape[1]
-        parts, tiles, config = launch(M, C)
+        (parts, summing), (groups, adding), (tiles, writing) = launch(M, C)
         dy = dy.contiguous(memory_format=torch.channels_last_3d)
         dx, grads = torch.empty_like(x), x.new_empty((3, C), dtype=torch.float32)
         sums = x.new_empty((parts, 2, C), dtype=torch.float32)
         with torch.cuda.device_of(x):
-            _backward_sums[parts,](x, dy, mean, var, weight, bias, sums, ctx.eps, M, C, **config)
-            _backward_finish[1,](sums, grads, parts, C, **config)
-            _backward[tiles,](x, dy, dx, mean, var, weight, bias, grads, ctx.eps, M, C, **config)
+            _backward_sums[parts,](x, dy, mean, var, weight, bias, sums, ctx.eps, M, C, **summing)
+            _backward_finish[groups,](sums, grads, parts, C, **adding)
+            _backward[tiles,](x, dy, dx, mean, var, weight, bias, grads, ctx.eps, M, C, **writing)
         return dx, *grads, *[None] * 5
 
 

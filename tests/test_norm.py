@@ -27,6 +27,7 @@ def small_tiles(request, monkeypatch):
     """Several tiles a program, and several programs, even in a small volume."""
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(norm, "TILE", 256)
+        monkeypatch.setattr(norm, "SUMMED", 128)
         monkeypatch.setattr(norm, "PARTS", 3)
 
 
@@ -166,17 +167,18 @@ def test_without_triton_the_reference_serves():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
 
 
-def test_nothing_spills():
+def test_nothing_spills(monkeypatch):
     """The left atrium's channels, which are loaded 16 bytes at once."""
+    monkeypatch.undo()  # the tiles of a GPU
     jobs = []
     for width, dtype in itertools.product((16, 256), ("bf16", "fp32")):
-        *_, config = norm.launch(1 << 20, width)
-        constants = dict(ROWS=4096 // width, WIDTH=width)
-        for name in ("_moments", "_statistics", "_forward", "_backward_sums", "_backward_finish", "_backward"):
+        (_, summing), (_, adding), (_, writing) = norm.launch(1 << 20, width)
+        for name, config in dict(_moments=summing, _statistics=adding, _forward=writing, _backward_sums=summing,
+                                 _backward_finish=adding, _backward=writing).items():
             names = getattr(norm, name).fn.__code__.co_varnames[: getattr(norm, name).fn.__code__.co_argcount]
             kinds = {key: f"*{dtype}" if key in ("x", "y", "dy", "dx") else "i32:16" if key in ("M", "C", "parts")
                      else "fp32" if key in ("eps", "momentum") else "*fp32" for key in names}
-            these = {key: value for key, value in (constants | dict(TRACK=True)).items() if key in names}
+            these = {key: value for key, value in (config | dict(TRACK=True)).items() if key in names}
             jobs.append(Job(name, kinds | dict.fromkeys(these, "constexpr"), these, config["num_warps"]))
     results = assert_no_spills("kernels.norm", jobs)
     for job, result in zip(jobs, results, strict=True):
