@@ -91,7 +91,7 @@ def reference(
 
 def launch(classes: int, itemsize: int, form: str, background: bool) -> tuple[dict, dict]:
     """How the kernels run: `_sums` and `_gradient`, then `_finish`. Each of 128 threads loads 16 bytes at once
-    while its registers allow, and a program takes 8 such blocks, the next two on their way while it computes.
+    while its registers allow, and a program takes 4 such blocks, the next two on their way while it computes.
     None of it depends on the GPU, so neither does the order of the sums."""
     common = {"C": classes, "FIRST": 0 if background else 1, "SQUARE": form == "batch"}
     voxels = 16 // itemsize if classes == 2 else 4 if classes == 3 else 2
@@ -99,7 +99,7 @@ def launch(classes: int, itemsize: int, form: str, background: bool) -> tuple[di
     # Left to itself the assembler spills one register of many classes to keep the others at 80.
     registers = {"maxnreg": 255} if classes > 10 else {}
     return (
-        {**common, "BLOCK": 128 * voxels, "SPAN": 1024 * voxels, "num_warps": 4, **registers},
+        {**common, "BLOCK": 128 * voxels, "SPAN": 512 * voxels, "num_warps": 4, **registers},
         {**common, "WIDTH": width, "BLOCK": 4096 // width, "num_warps": 8},
     )
 
@@ -142,9 +142,9 @@ if triton:
         for _ in tl.static_range(FIRST, C):
             inter += (tl.zeros([BLOCK], tl.float32),)
             size += (tl.zeros([BLOCK], tl.float32),)
-        count = tl.zeros([BLOCK], tl.int64 if C > 8 else tl.int32)  # 4 bits a class: counts up to 8
+        count = tl.zeros([BLOCK], tl.int64 if C > 8 else tl.int32)  # 4 bits a class: counts up to 4
         one = count + 1
-        product = tl.full([BLOCK], 1.0, tl.float32)  # of 8 totals of 1 to C each: one logarithm for all
+        product = tl.full([BLOCK], 1.0, tl.float32)  # of 4 totals of 1 to C each: one logarithm for all
         nll = tl.zeros([BLOCK], tl.float32)
         for start in tl.range(part * SPAN, tl.minimum(part * SPAN + SPAN, V), BLOCK, num_stages=3):
             v = start + tl.arange(0, BLOCK)
