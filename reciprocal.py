@@ -212,8 +212,8 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     # 3. The feedback h. The labeled part of the lesson owes nothing to the pseudo label: the scalar credits g_u alone.
     if cfg.feedback in ("scalar", "shuffled"):
         g_l = gradients_of(loss_exam, s_weights)
-        products = torch._foreach_mul(g_u, g_l)
-        feedback = s_optimizer.param_groups[0]["lr"] * torch.stack([product.sum() for product in products]).sum()
+        products = [p.as_strided((p.numel(),), (1,)) for p in torch._foreach_mul(g_u, g_l)]  # as they lie in memory
+        feedback = s_optimizer.param_groups[0]["lr"] * torch.cat(products).sum()  # one sum, not a hundred
         if cfg.feedback == "shuffled":
             feedback = feedback * np.random.default_rng([cfg.seed, batch["iteration"]]).choice((-1.0, 1.0))
     elif cfg.feedback == "difference":
