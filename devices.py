@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cli import BadInput
+from kernels.conv import convolve
 from kernels.norm import norm_relu
 
 RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in
@@ -38,7 +39,7 @@ def settle(name: str, amp: str = "off", deterministic: bool = False) -> torch.de
     torch.backends.cudnn.benchmark = not deterministic  # the fastest algorithms for shapes that do not change
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    if not convolves(amp, device):
+    if not bf16_is_right(amp, device):
         raise BadInput(f"cuDNN {torch.backends.cudnn.version()} computes wrong bf16 convolutions: choose --amp off, or "
                        "install 9.15 or newer")
     return device
@@ -52,7 +53,7 @@ def autocast(amp: str, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def convolves(amp: str, device: torch.device) -> bool:
+def bf16_is_right(amp: str, device: torch.device) -> bool:
     """Whether a convolution under this autocast is the one of float32, but for rounding: some versions of cuDNN (9.8 to
     9.10) get it wrong in bf16 without a word."""
     x, weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
@@ -65,17 +66,19 @@ def convolves(amp: str, device: torch.device) -> bool:
 
 class Unit(nn.Sequential):
     """Convolution, batch normalization, ReLU. On a GPU the last two, and the convolution's bias with them, are one
-    function of Triton kernels; a compiler, or batch norm over several GPUs, takes the three as they are."""
+    function of Triton kernels, convolutions of few channels another; a compiler, or batch norm over several GPUs, takes
+    the three as they are."""
 
     def __init__(self, conv: nn.Conv3d | nn.ConvTranspose3d):
+        if (conv.kernel_size[0], conv.stride[0], conv.padding[0]) not in ((3, 1, 1), (2, 2, 0)):
+            raise ValueError(f"{conv}: 3x3x3 with padding 1, or 2x2x2 with stride 2")
         super().__init__(conv, nn.BatchNorm3d(conv.out_channels), nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm, _ = self
         if not x.is_cuda or torch.compiler.is_compiling() or type(norm) is not nn.BatchNorm3d:
             return super().forward(x)
-        convolve = nn.functional.conv_transpose3d if conv.transposed else nn.functional.conv3d
-        x = convolve(x, conv.weight, None, conv.stride, conv.padding)
+        x = convolve(x, conv.weight, conv.transposed)
         tracks = norm.track_running_stats
         if norm.training and tracks:
             norm.num_batches_tracked += 1

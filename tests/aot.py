@@ -35,12 +35,13 @@ class Job:
     num_warps: int = 4
     num_stages: int = 3
     maxnreg: int | None = None
+    target: int = 90  # the compute capability
 
 
-def assert_no_spills(module: str, jobs: list[Job]) -> list[dict]:
-    """A dict a job: "spills" (instructions on local memory, all 0), "registers" a thread, "loads" from global
-    memory by kind, "carried": how many values each loop takes from one pass to the next. Skips the test where
-    Triton or a disassembler is missing."""
+def compile_all(module: str, jobs: list[Job]) -> list[dict]:
+    """A dict a job: "spills" (instructions on local memory), "registers" a thread, "shared" memory in bytes, "loads"
+    from global memory by kind, "carried": how many values each loop takes from one pass to the next. Skips the test
+    where Triton or a disassembler is missing."""
     disassembler()
     child = subprocess.run(
         [sys.executable, __file__, module],
@@ -51,7 +52,11 @@ def assert_no_spills(module: str, jobs: list[Job]) -> list[dict]:
         text=True,
     )
     assert child.returncode == 0, child.stderr[-4000:]
-    results = json.loads(child.stdout)
+    return json.loads(child.stdout)
+
+
+def assert_no_spills(module: str, jobs: list[Job]) -> list[dict]:
+    results = compile_all(module, jobs)
     spilled = [pair for pair in zip(jobs, results, strict=True) if pair[1]["spills"]]
     assert not spilled, spilled
     return results
@@ -79,13 +84,14 @@ def measure(fn, job: Job) -> dict:
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": job.num_warps, "num_stages": job.num_stages, "maxnreg": job.maxnreg}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         command = [disassembler(), "-c", cubin.name]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return {
+        "shared": compiled.metadata.shared,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "registers": 1 + max(int(n) for n in re.findall(r"\bR(\d+)\b", sass)),
         "loads": Counter(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*", sass)),

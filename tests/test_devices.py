@@ -194,11 +194,11 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
 
 def test_bf16_convolutions_are_checked(monkeypatch):
     cpu = torch.device("cpu")
-    assert devices.convolves("off", cpu) and devices.convolves("bf16", cpu)
+    assert devices.bf16_is_right("off", cpu) and devices.bf16_is_right("bf16", cpu)
     right = torch.nn.functional.conv3d
     monkeypatch.setattr(torch.nn.functional, "conv3d", lambda x, w, padding: right(x, w, padding=padding) * (
         1.1 if torch.is_autocast_enabled("cpu") else 1))
-    assert devices.convolves("off", cpu) and not devices.convolves("bf16", cpu)
+    assert devices.bf16_is_right("off", cpu) and not devices.bf16_is_right("bf16", cpu)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
