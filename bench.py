@@ -4,6 +4,7 @@
     python bench.py infer      sliding windows over one volume: the authors' loop and MONAI's against ours
     python bench.py dice       softmax + cross-entropy + Dice, forward and backward, against eager, compiled, MONAI
     python bench.py norm       batch norm + ReLU, forward and backward, against PyTorch's, eager and compiled (on a GPU)
+    python bench.py conv       the 3x3x3 convolution, forward and backward, against cuDNN; for --dtype bfloat16
     python bench.py surface    Dice, Jaccard, ASD and 95HD of a pair of masks against MedPy, SciPy, CuPy, DisTorch
 
 Every round times each contestant once, so that whatever else the machine does hits all of them; the table shows the
@@ -15,7 +16,7 @@ the first row computes (a multiplication and an addition are two), at the rate o
 dtype. That product is timed in the same rounds; the last rows show its time for as many operations. On a GPU float32
 means TF32 in both, PyTorch's default for convolutions; the checks are in full float32. A step moves bytes as well,
 which this floor leaves out; peak_mb is the GPU memory that a call takes beyond weights, optimizer and input.
-The floor of `dice` and `norm` is the fewest bytes (their kernels' files count them) at the speed of a plain copy.
+The floor of `dice`, `norm` and `conv` is the fewest bytes (their kernels' files count them) at the speed of a copy.
 """
 
 import argparse
@@ -43,7 +44,7 @@ import peers
 import reciprocal
 import record
 from cli import BadInput, Parser, cli, write
-from kernels import norm
+from kernels import conv, norm
 from kernels.dice import dice_ce, reference
 from kernels.surface import surface_scores
 
@@ -216,14 +217,17 @@ def differing(name: str, label: np.ndarray, probs: np.ndarray, tie: float) -> in
     return int(differ.sum())
 
 
-def against_bytes(forward: dict[str, Callable], inputs: list[torch.Tensor], dy, moved: int, tolerances: dict, args):
+def against_bytes(forward: dict[str, Callable], inputs: list[torch.Tensor], dy, moved: int, tolerances: dict, args,
+                  checked: int = 1) -> list[dict]:
     """Forward and backward, gradients of all inputs, with the fewest bytes at the speed of a copy as the floor; on a
-    GPU as CUDA graphs, too. Before, the first gradient is compared with that of "reference"."""
-    calls = {name: lambda form=form: torch.autograd.grad(form(), inputs, dy) for name, form in forward.items()}
-    expected = calls["reference"]()[0].float()
-    for name, tolerance in tolerances.items():
-        if name in calls and not (calls[name]()[0] - expected).norm() <= tolerance * expected.norm():
-            raise BadInput(f"{name}: another gradient than the reference; nothing is timed")
+    GPU as CUDA graphs, too. Before, the first gradients, so many, are compared with those of "reference"."""
+    dys = {name: torch.ones_like(form()) if dy is None else dy for name, form in forward.items()}
+    calls = {name: lambda name=name: torch.autograd.grad(forward[name](), inputs, dys[name]) for name in forward}
+    expected = [gradient.float() for gradient in calls["reference"]()[:checked]]
+    for name in tolerances.keys() & calls.keys():
+        for found, right in zip(calls[name](), expected, strict=False):
+            if not (found - right).norm() <= tolerances[name] * right.norm():
+                raise BadInput(f"{name}: another gradient than the reference; nothing is timed")
     graphs = {f"{name}, graph": captured(call) for name, call in calls.items() if args.device.type == "cuda"}
     rows = interleave(calls | graphs, args.rounds, args.device)
     source, sink = torch.empty(2, 2**26, device=args.device)
@@ -251,10 +255,16 @@ def dice(args) -> list[dict]:
     return against_bytes(forward, [logits], None, 3 * logits.nbytes + 2 * label.nbytes, tolerances, args)
 
 
+def channels_last(*shapes: tuple[int, ...], args) -> list[torch.Tensor]:
+    """Random tensors (., C, D, H, W), channels last."""
+    dtype = getattr(torch, args.dtype)
+    return [torch.randn(shape, device=args.device, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+            for shape in shapes]
+
+
 def normalize(args) -> list[dict]:
     shape = (args.batch, args.filters, *args.patch)
-    x, dy = (torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype)) for _ in range(2))
-    x, dy = (y.contiguous(memory_format=torch.channels_last_3d) for y in (x, dy))
+    x, dy = channels_last(shape, shape, args=args)
     weights = torch.zeros(3, args.filters, device=args.device)  # no offset: to add it in bf16 would be another rounding
     weights[1:].normal_()
     inputs = [y.requires_grad_() for y in (x, *weights)]
@@ -263,6 +273,19 @@ def normalize(args) -> list[dict]:
         forms |= {"torch.compile of the reference": torch.compile(norm.reference), "ours": norm.norm_relu}
     forward = {name: functools.partial(form, *inputs, None, None, True) for name, form in forms.items()}
     return against_bytes(forward, inputs, dy, 8 * x.nbytes, {"ours": 1e-2}, args)
+
+
+def convolve(args) -> list[dict]:
+    if args.dtype == "float32":
+        raise BadInput("--dtype: the kernels of conv are for bfloat16 and float16")
+    shape = (args.batch, args.filters, *args.patch)
+    x, dy, weight = channels_last(shape, shape, (args.filters, args.filters, 3, 3, 3), args=args)
+    inputs = [x.requires_grad_(), weight.float().requires_grad_()]
+    forms = {"reference": conv.reference}
+    if args.device.type == "cuda":
+        forms["ours"] = conv.convolve
+    forward = {name: functools.partial(form, *inputs) for name, form in forms.items()}
+    return against_bytes(forward, inputs, dy, 6 * x.nbytes, {"ours": 1e-2}, args, checked=2)
 
 
 def blobs(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -299,11 +322,12 @@ def surface(args) -> list[dict]:
     return interleave(contestants, args.rounds, args.device)
 
 
-BENCHES = {"train": train, "infer": infer, "dice": dice, "norm": normalize, "surface": surface}
+BENCHES = {"train": train, "infer": infer, "dice": dice, "norm": normalize, "conv": convolve,
+           "surface": surface}
 SIZES = {"train": dict(patch=(48, 48, 32), batch=2, filters=16),
          "infer": dict(patch=(48, 48, 32), volume=(72, 72, 56), stride=(24, 24, 12), filters=8),
          "dice": dict(patch=(112, 112, 80), batch=4), "norm": dict(patch=(112, 112, 80), batch=4, filters=16),
-         "surface": dict(patch=(190, 140, 88))}
+         "conv": dict(patch=(112, 112, 80), batch=2, filters=16), "surface": dict(patch=(190, 140, 88))}
 LEFT_ATRIUM = dict(patch=(112, 112, 80), volume=(190, 140, 88), stride=(18, 18, 4), filters=16)
 
 
@@ -319,8 +343,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="patches; so many labeled and so many unlabeled ones for train")
     parser.add_argument("--classes", type=int, default=2, help="for dice")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                        help="for dice and norm; bfloat16 is one row more for train on a CPU")
-    parser.add_argument("--filters", type=int, help="for train, infer and norm")
+                        help="for dice, norm and conv; bfloat16 is one row more for train on a CPU")
+    parser.add_argument("--filters", type=int, help="for train, infer, norm and conv")
     parser.add_argument("--depth", type=int, default=4, help="for train and infer")
     parser.add_argument("--compile", action="store_true", help="for train: a row with compiled networks")
     args = parser.parse_args()

@@ -7,6 +7,7 @@
 #     tests                                          the tests of kernels, graphs and --deterministic, on the GPU
 #     train infer surface surface-large              bench.py, each to OUT/PART.json as well
 #     dice-float32-2 dice-float32-14 dice-bfloat16-2 dice-bfloat16-14 norm-float32 norm-bfloat16
+#     conv-bfloat16
 #     reciprocal-SEED supervised-SEED off-SEED       for each of SEEDS the left atrium at 20% labeled with the recipe's
 #                                                    settings: reciprocal learning, supervised, and the first with
 #                                                    --feedback off; runs of reciprocal.py in OUT/PART
@@ -118,7 +119,7 @@ learn() {
 parts=("$@")
 if [ $# = 0 ]; then
     parts=(tests train infer dice-float32-2 dice-float32-14 dice-bfloat16-2 dice-bfloat16-14
-        norm-float32 norm-bfloat16 surface surface-large)
+        norm-float32 norm-bfloat16 conv-bfloat16 surface surface-large)
     for seed in ${SEEDS:-1337 1338 1339}; do
         parts+=("reciprocal-$seed" "supervised-$seed" "off-$seed")
     done
@@ -140,12 +141,12 @@ for part in "${parts[@]}"; do
                 { echo "error: no device $device here" >&2; exit 2; }
             workers=()  # compiling for each test takes most of the time
             "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-            do_part tests "$python" -m pytest "${workers[@]}" tests/test_dice.py tests/test_surface.py tests/test_norm.py \
+            do_part tests "$python" -m pytest "${workers[@]}" tests/test_{dice,surface,norm,conv}.py \
                 tests/test_metrics.py::test_gpu_agrees tests/test_reciprocal.py::test_a_graph_computes_what_the_step_does \
                 tests/test_faults.py::test_{deterministic,resumed_equals_straight}_on_a_gpu
             ;;
         dice-*-*) bench "$part" dice --dtype "$dtype" --classes "$classes" ;;
-        norm-*) bench "$part" norm --dtype "$dtype" ;;
+        norm-* | conv-*) bench "$part" "${part%-*}" --dtype "$dtype" ;;
         surface | infer) bench "$part" "$part" ;;
         surface-large) bench "$part" surface --patch 512 512 200 --rounds 3 ;;
         train) bench "$part" train --compile ;;

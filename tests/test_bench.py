@@ -153,7 +153,7 @@ def test_dice_refuses_other_gradients(run, monkeypatch, capsys, wrong):
     assert "another gradient" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["dice", "norm"])
+@pytest.mark.parametrize("name", ["dice", "norm", "conv"])
 def test_the_rounding_of_bf16_is_accepted(run, name):
     assert run(f"{name} --batch 1 --dtype bfloat16")[0] == 0
 
@@ -193,7 +193,7 @@ def test_bench_gpu_skips_what_is_done_or_failed_and_stops_in_time(tmp_path):
     asleep.chmod(0o755)
     assert [call("surface", PYTHON=asleep, LIMIT=2, MARGIN=1)[0] for _ in range(2)] == [3, 1]  # cut off twice
     for part in ("tests", "surface-large", "dice-float32-14", "dice-bfloat16-2", "dice-bfloat16-14",
-                 "norm-float32", "norm-bfloat16"):
+                 "norm-float32", "norm-bfloat16", "conv-bfloat16"):
         (tmp_path / f"{part}.done").touch()
     assert call(PYTHON="true", SEEDS=" ") == (1, "failed: dice-float32-2 surface\n")  # unless named, not tried again
     assert call("nothing") == (2, "error: no part nothing; the header of this file lists them\n")

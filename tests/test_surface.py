@@ -249,8 +249,8 @@ def test_no_configuration_spills():
     passes, size = dict(TILE=surface.PASS, BITS=surface.BITS), 63 // surface.BITS * (2**surface.BITS + 2)
     tiles = [(width, dict(ROWS=max(256 // width, 1), WIDTH=width)) for width in (16, 32, 64, 128, 256, 512, 1024)]
     jobs = [
-        job("_rows", kinds, max(width // 256, 1), STEPS=2048 // max(256, width), **tile)
-        for width, tile in tiles for kinds in (rows, rows.replace("W:i32", "W:i32:16"))
+        job("_rows", rows, max(width // 256, 1), STEPS=2048 // max(256, width), **tile, ALIGNED=aligned)
+        for width, tile in tiles for aligned in (1, 16)
     ]  # fmt: skip
     jobs += [job("_compact", compact, TILE=2048, SIZE=size)]
     jobs += [
