@@ -24,7 +24,7 @@
 # Variables: LA, the folder of the left-atrium data (default data/la); SEEDS ("1337 1338 1339"); LIMIT (500), MARGIN
 # (120); PYTHON (.venv/bin/python, else python3); DEVICE (cuda); TRAIN_ARGS, arguments of reciprocal.py instead of the
 # left atrium's. On an H100 tests and benches take some minutes and, by its measured steps, the three trainings of a seed
-# 17 minutes; with a quarter of their schedule 5, reading and scoring included:
+# 10 minutes; with a quarter of their schedule 4, reading and scoring included:
 #     SEEDS=1337 TRAIN_ARGS="--data la --root $LA --labeled 0.2 --iterations 1500 --pretrain 1500 --lr-step 625" \
 #         ./bench_gpu.sh OUT
 # For a rehearsal without GPU or data, BENCH_ARGS are more arguments for bench.py:

@@ -27,7 +27,7 @@ transpose, is 4 of (coarse, O) @ (O, 2 I), each the other's gradient, and that o
 The bytes
 ---------
 x is read and y written: 2 (I + O) bytes a voxel in bf16, of two left-atrium patches with 16 channels 128 MB; for the
-gradient of w as many are read, and its parts, 20 MB, are written and read. The L2 cache gives more: a window has
+gradient of w as many are read, and its parts, 10 MB, are written and read. The L2 cache gives more: a window has
 (P + 2) / P times the voxels of its group, and there are 9 of them. A program computes several planes, for each plane it
 reads serves the 3 around it: with P = 2 and 4 planes, 18 windows of 4 voxels for 8 voxels, so that x is read 9 times
 and not 18. With stride 2 all is read once.
