@@ -22,15 +22,15 @@ Five kernels and one running sum, without a synchronization: every buffer has th
 one kernel counts the next reads on the device. The percentile is exact: doubles from 0 on are in the order of their
 bits, and a radix selection finds these digit by digit. Bytes, for N voxels and n surface voxels of both masks:
 
-    rows      reads both masks, 3N; writes r to both surfaces as int16, 4N; counts voxels, tile by tile
+    rows      reads both masks, the label twice, 3N; writes r to both surfaces as int16, 4N; counts voxels, tile by tile
     cumsum    of the counts: all totals, and each tile's first slot in the list of surface voxels
     compact   where a tile holds surface, reads r again (the surface is where r = 0); writes voxel numbers, 8n
     nearest   reads 2 bytes for each of some π d² offsets a point; overwrites the voxel number by the distance
     narrow    7 passes of 8n: counts the distances by their next 9 bits; the last pass also adds up the means
-    finish    what the last pass left, 8 kB; one program a class
+    finish    what the last pass left, 10 kB; one program a class
 
-Left atrium, N = 190x140x88, n = 44,000, mean d of 3 voxels: 14 MB, and 9 million reads by whole blocks of points
-and offsets. 512x512x200, n = 380,000: 0.3 GB.
+The left atrium of bench.py, N = 190x140x88, n = 57,000, mean d of 1.1 voxels: 21 MB, and 2.5 million reads of nearest
+by whole blocks of points and offsets. Of 512x512x200 voxels, n = 904,000: 0.4 GB.
 """
 
 import math
@@ -307,7 +307,7 @@ def _launch(prediction: Tensor, label: Tensor, spacing: tuple[float, ...], score
     programs = min(4096, triton.cdiv(2 * volume, POINTS))
     unfused = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where SciPy rounds twice
 
-    # Triton lays the warps along the rows first: two warps in one row would scan it through shared memory.
+    # One warp where a row is at most 256 voxels: several would scan it through shared memory.
     warps = max(1, width // STEP)
     _rows[tiles, 2, K](prediction, label, reach, counts, D, H, W, tiles, steps, rows, width, math.gcd(W, 16),
                         num_warps=warps)
