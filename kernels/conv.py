@@ -79,7 +79,8 @@ if triton:
         x += (block // blocks * D + z).to(tl.int64) * H * W * I + (group * P - 1 + (b - 1) * W)[:, None] * I + k
         windows = ()
         for _ in tl.static_range(PLANES + 2):
-            windows += (tl.load(x, inside & (z >= 0) & (z < D), other=0.0),)
+            # where, not &: the comparisons stay scalars, which takes fewer registers (190 for 253 with 16 channels)
+            windows += (tl.load(x, tl.where((z >= 0) & (z < D), inside, False), other=0.0),)
             x += H * W * I
             z += 1
         return windows
@@ -105,7 +106,7 @@ if triton:
         z = block % blocks * PLANES
         y += (block // blocks * D + z).to(tl.int64) * groups * N + group[:, None] * N + n
         for i in tl.static_range(PLANES):
-            tl.store(y, total[i], (group < groups)[:, None] & (z + i < D))
+            tl.store(y, total[i], tl.where(z + i < D, (group < groups)[:, None], False))
             y += groups * N
 
     @triton.jit
@@ -120,7 +121,7 @@ if triton:
             at = dy + (block // blocks * D + z).to(tl.int64) * groups * N + group[:, None] * N + n
             g = ()
             for i in tl.static_range(PLANES):
-                g += (tl.load(at, (group < groups)[:, None] & (z + i < D), other=0.0),)
+                g += (tl.load(at, tl.where(z + i < D, (group < groups)[:, None], False), other=0.0),)
                 at += groups * N
             seen = _windows(x, block, group, b, D, H, W, I, P, K, PLANES)
             before, total = total, ()

@@ -125,7 +125,7 @@ def _rows(prediction, label, reach, counts, D, H, W, T,
             r = tl.minimum(tl.minimum(x - before, after - x), FAR)
             surfaces += tl.sum(surface.to(tl.int32))
             size += count
-            other = tl.load(label + k * volume + voxel, inside & (side == 0), other=0) != 0
+            other = tl.load(label + k * volume + voxel, tl.where(side == 0, inside, False), other=0) != 0
             both += tl.sum((m & other).to(tl.int32))
         tl.store(reach + voxel, r.to(tl.int16), inside)
     counts += k * 5 * T + tile
