@@ -217,16 +217,22 @@ def differing(name: str, label: np.ndarray, probs: np.ndarray, tie: float) -> in
     return int(differ.sum())
 
 
-def against_bytes(forward: dict[str, Callable], inputs: list[torch.Tensor], dy, moved: int, tolerances: dict, args,
-                  checked: int = 1) -> list[dict]:
-    """Forward and backward, gradients of all inputs, with the fewest bytes at the speed of a copy as the floor; on a
-    GPU as CUDA graphs, too. Before, the first gradients, so many, are compared with those of "reference"."""
-    dys = {name: torch.ones_like(form()) if dy is None else dy for name, form in forward.items()}
-    calls = {name: lambda name=name: torch.autograd.grad(forward[name](), inputs, dys[name]) for name in forward}
+def against_bytes(args, ours, reference, inputs: tuple, dy, moved: int, checked: int = 1,
+                  others: dict[str, tuple[Callable, float]] | None = None) -> list[dict]:
+    """A kernel's function, its reference and `others`, forward and backward, gradients of all inputs that want one,
+    with the fewest bytes at the speed of a copy as the floor; on a GPU as CUDA graphs, too. Before, the first
+    gradients, so many, are compared with the reference's, in relation to whose norm the tolerances are."""
+    forms = (others or {}) | {"reference": (reference, math.inf)}
+    if args.device.type == "cuda":
+        forms |= {"torch.compile of the reference": (torch.compile(reference), math.inf), "ours": (ours, 1e-2)}
+    leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    dys = {name: torch.ones_like(form(*inputs)) if dy is None else dy for name, (form, _) in forms.items()}
+    calls = {name: lambda name=name, form=form: torch.autograd.grad(form(*inputs), leaves, dys[name])
+             for name, (form, _) in forms.items()}
     expected = [gradient.float() for gradient in calls["reference"]()[:checked]]
-    for name in tolerances.keys() & calls.keys():
+    for name, (_, tolerance) in forms.items():
         for found, right in zip(calls[name](), expected, strict=False):
-            if not (found - right).norm() <= tolerances[name] * right.norm():
+            if not (found - right).norm() <= tolerance * right.norm():
                 raise BadInput(f"{name}: another gradient than the reference; nothing is timed")
     graphs = {f"{name}, graph": captured(call) for name, call in calls.items() if args.device.type == "cuda"}
     rows = interleave(calls | graphs, args.rounds, args.device)
@@ -236,56 +242,43 @@ def against_bytes(forward: dict[str, Callable], inputs: list[torch.Tensor], dy, 
     for row in rows:
         row |= dict(gb_per_s=moved / row["ms"] / 1e6, share_of_floor=floor / row["ms"])
         if args.device.type == "cuda" and row["name"] in calls:
-            row["mb_beyond_gradient"] = memory(calls[row["name"]]) - inputs[0].nbytes / 1e6
+            row["mb_beyond_gradient"] = memory(calls[row["name"]]) - leaves[0].nbytes / 1e6
     return rows
+
+
+def volumes(n: int, args) -> list[torch.Tensor]:
+    """Random ones of `--batch` patches and `--filters` channels, channels last."""
+    draw = torch.randn(n, args.batch, *args.patch, args.filters, device=args.device, dtype=getattr(torch, args.dtype))
+    return list(draw.movedim(-1, 2))
 
 
 def dice(args) -> list[dict]:
     shape = (args.batch, args.classes, *args.patch)
     logits = torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype), requires_grad=True)
     label = torch.randint(args.classes, shape[:1] + shape[2:], device=args.device, dtype=torch.uint8)
-    losses = {"eager, as in the literature": peers.eager_loss, "reference": reference}
-    if args.device.type == "cuda":
-        losses |= {"torch.compile of the reference": torch.compile(reference), "ours": dice_ce}
-    if installed("monai"):
-        losses["MONAI DiceCELoss (another form)"] = peers.monai_loss
-    forward = {name: functools.partial(loss, logits, label) for name, loss in losses.items()}
     # the literature's formulas compute in the dtype of the logits, the others in float32
-    tolerances = {"eager, as in the literature": 1e-2 if args.dtype == "float32" else 0.1, "ours": 1e-2}
-    return against_bytes(forward, [logits], None, 3 * logits.nbytes + 2 * label.nbytes, tolerances, args)
-
-
-def channels_last(*shapes: tuple[int, ...], args) -> list[torch.Tensor]:
-    """Random tensors (., C, D, H, W), channels last."""
-    dtype = getattr(torch, args.dtype)
-    return [torch.randn(shape, device=args.device, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
-            for shape in shapes]
+    others = {"eager, as in the literature": (peers.eager_loss, 1e-2 if args.dtype == "float32" else 0.1)}
+    if installed("monai"):
+        others["MONAI DiceCELoss (another form)"] = peers.monai_loss, math.inf
+    moved = 3 * logits.nbytes + 2 * label.nbytes
+    return against_bytes(args, dice_ce, reference, (logits, label), None, moved, others=others)
 
 
 def normalize(args) -> list[dict]:
-    shape = (args.batch, args.filters, *args.patch)
-    x, dy = channels_last(shape, shape, args=args)
+    x, dy = volumes(2, args)
     weights = torch.zeros(3, args.filters, device=args.device)  # no offset: to add it in bf16 would be another rounding
     weights[1:].normal_()
-    inputs = [y.requires_grad_() for y in (x, *weights)]
-    forms = {"reference": norm.reference}
-    if args.device.type == "cuda":
-        forms |= {"torch.compile of the reference": torch.compile(norm.reference), "ours": norm.norm_relu}
-    forward = {name: functools.partial(form, *inputs, None, None, True) for name, form in forms.items()}
-    return against_bytes(forward, inputs, dy, 8 * x.nbytes, {"ours": 1e-2}, args)
+    inputs = *(y.requires_grad_() for y in (x, *weights)), None, None, True
+    return against_bytes(args, norm.norm_relu, norm.reference, inputs, dy, 8 * x.nbytes)
 
 
 def convolve(args) -> list[dict]:
     if args.dtype == "float32":
         raise BadInput("--dtype: the kernels of conv are for bfloat16 and float16")
-    shape = (args.batch, args.filters, *args.patch)
-    x, dy, weight = channels_last(shape, shape, (args.filters, args.filters, 3, 3, 3), args=args)
-    inputs = [x.requires_grad_(), weight.float().requires_grad_()]
-    forms = {"reference": conv.reference}
-    if args.device.type == "cuda":
-        forms["ours"] = conv.convolve
-    forward = {name: functools.partial(form, *inputs) for name, form in forms.items()}
-    return against_bytes(forward, inputs, dy, 6 * x.nbytes, {"ours": 1e-2}, args, checked=2)
+    x, dy = volumes(2, args)
+    weight = torch.randn(args.filters, args.filters, 3, 3, 3, device=args.device)
+    inputs = x.requires_grad_(), weight.to(memory_format=torch.channels_last_3d).requires_grad_()
+    return against_bytes(args, conv.convolve, conv.reference, inputs, dy, 6 * x.nbytes, checked=2)
 
 
 def blobs(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -322,8 +315,7 @@ def surface(args) -> list[dict]:
     return interleave(contestants, args.rounds, args.device)
 
 
-BENCHES = {"train": train, "infer": infer, "dice": dice, "norm": normalize, "conv": convolve,
-           "surface": surface}
+BENCHES = {"train": train, "infer": infer, "dice": dice, "norm": normalize, "conv": convolve, "surface": surface}
 SIZES = {"train": dict(patch=(48, 48, 32), batch=2, filters=16),
          "infer": dict(patch=(48, 48, 32), volume=(72, 72, 56), stride=(24, 24, 12), filters=8),
          "dice": dict(patch=(112, 112, 80), batch=4), "norm": dict(patch=(112, 112, 80), batch=4, filters=16),
