@@ -22,7 +22,7 @@ import devices
 import kernels.dice
 import reciprocal
 import record
-from baselines import COMPARISONS
+from baselines import COMPARISONS, descend
 from cli import BadInput
 from cli import cli as exit_status
 from reciprocal import Config, VNet, exam, reciprocal_step, segment, stages, supervised_step
@@ -138,6 +138,25 @@ def test_argmax_is_biased():
     h = feedback_of(student, batch, logits.argmax(1), 1e-2, "scalar")
     gradients = torch.autograd.grad(h * F.cross_entropy(logits, logits.argmax(1)), list(teacher.parameters()))
     assert F.cosine_similarity(true, torch.cat([g.flatten() for g in gradients]), 0) < -0.9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_credit_for_each_voxel_is_the_meta_gradient_without_sampling(seed):
+    """To first order a lesson's effect is a sum over its voxels. So the gradient of the expected exam loss is that of
+    the teacher's probabilities times credits: by how much a step of the student along the exam's own gradient would
+    raise its log-probability of each class at each voxel. One exam, no bias, no division by the voxels."""
+    teacher, student, batch = toy(seed)
+    errors = []
+    for lr in (1e-2, 1e-3, 1e-4):
+        true, _ = expected_update(teacher, student, batch, lr, "scalar")
+        examined = copy.deepcopy(student)
+        descend(torch.optim.SGD(examined.parameters(), lr), F.cross_entropy(examined(batch["x_l"]), batch["y_l"]))
+        after, before = (net(batch["x_u"]).log_softmax(1).detach() for net in (examined, student))
+        loss = -(teacher(batch["x_u"]).softmax(1) * (after - before)).sum(1).mean()
+        update = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(teacher.parameters()))])
+        errors.append(((update - true).norm() / true.norm()).item())
+    assert F.cosine_similarity(true, update, 0) > 0.9999
+    assert 8 < errors[1] / errors[2] < 12
 
 
 def test_sign_of_the_feedback():
