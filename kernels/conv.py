@@ -229,7 +229,8 @@ def launch(x: Tensor, O: int, config: dict) -> tuple[int, int, tuple, dict]:
 
 def _convolved3(x: Tensor, weight: Tensor, O: int, turned: bool) -> Tensor:
     if x.shape[1] not in CONVOLVE:
-        return (F.conv_transpose3d if turned else F.conv3d)(x, weight.to(x.dtype), padding=1)
+        y = (F.conv_transpose3d if turned else F.conv3d)(x, weight.to(x.dtype), padding=1)
+        return y.contiguous(memory_format=torch.channels_last_3d)  # as cuDNN's is; not every CPU's
     config = CONVOLVE[x.shape[1]]
     tiles, blocks, sizes, shape = launch(x, O, config)
     toeplitz = x.new_empty(9, shape["K"], shape["N"])
