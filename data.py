@@ -303,7 +303,7 @@ def find_images(path: str | Path) -> dict[str, list[Path]]:
     cases = group(folder, numbered=any(name.endswith("_0000") for name in group(folder, numbered=False)))
     cases = {name: files for name, files in cases.items() if path.is_dir() or path in files}
     if not cases:
-        raise BadInput(f"{path}: no .nii or .nii.gz image here")
+        raise BadInput(f"{path}: no .nii or .nii.gz image here; dcm2niix makes them of DICOM")
     return cases
 
 
