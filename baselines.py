@@ -8,8 +8,9 @@
 
 A step takes its networks and their optimizers in the order of `COMPARISONS`, updates them in place and returns scalars
 that stay on the device. Its batch has x_l (B_l, C, D, H, W), y_l (B_l, D, H, W), x_u (B_u, C, D, H, W), and where the
-run stands: `iteration` of `iterations`. Settings are those of the left-atrium literature; what it counts in its 6000
-iterations is here a share of the run, so that a short run has the whole ramp.
+run stands: `iteration` of `iterations`. Settings are those of the left-atrium literature; what it counts in 6000
+iterations is a share of the run here, so that a short run has the whole ramp. The loss, gradients and updates that come
+first serve `reciprocal_step` as well.
 """
 
 import itertools
@@ -79,8 +80,7 @@ def averaged_step(nets, optimizers, batch: dict, cfg, consistency: Callable) -> 
     loss_u = consistency(logits.softmax(1), x, teacher)
     descend(optimizers[0], loss_l + 0.1 * ramp(batch, stairs=40) * loss_u)
     decay = min(1 - 1 / (batch["iteration"] + 1), 0.99)  # 0 at first: the teacher becomes the student
-    with torch.no_grad():
-        get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(student.parameters()), None)
+    get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(student.parameters()), None)  # without gradients
     return dict(loss_l=loss_l.detach(), loss_u=loss_u.detach())
 
 
@@ -126,9 +126,8 @@ def tcsm_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
 
 def ramp(batch: dict, stairs: int | None = None) -> float:
     """exp(-5 (1 - t/T)^2), from 0.0067 to 1 over the run; in `stairs` steps, 40 as the literature has it."""
-    share = batch["iteration"] / batch["iterations"]
-    if stairs:
-        share = batch["iteration"] * stairs // batch["iterations"] / stairs
+    t, T = batch["iteration"], batch["iterations"]
+    share = t * stairs // T / stairs if stairs else t / T
     return math.exp(-5 * (1 - share) ** 2)
 
 
@@ -144,10 +143,10 @@ def entropy(probs: Tensor) -> Tensor:
 def random_transform(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     """A function that turns and flips each sample of (B, C, D, H, W) in its own way, the same at each call: quarter
     turns in the first plane of equal sides, half turns where there is none, and a flip of each axis or not."""
-    square = [plane for plane in itertools.combinations((1, 2, 3), 2) if shape[plane[0] + 1] == shape[plane[1] + 1]]
+    square = [(a, b) for a, b in itertools.combinations((1, 2, 3), 2) if shape[a + 1] == shape[b + 1]]
     plane, step = (square[0], 1) if square else ((1, 2), 2)
     turns = (step * torch.randint(4, (shape[0],))).tolist()  # numbers of the host: nothing waits for a GPU
-    flips = [[axis + 1 for axis in range(3) if chosen[axis]] for chosen in torch.randint(2, (shape[0], 3)).tolist()]
+    flips = [[axis for axis, flip in enumerate(row, 1) if flip] for row in torch.randint(2, (shape[0], 3)).tolist()]
 
     def transform(x: Tensor) -> Tensor:
         samples = [sample.rot90(k, plane).flip(axes) for sample, k, axes in zip(x, turns, flips, strict=True)]
@@ -160,7 +159,7 @@ def random_transform(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
 
 class Discriminator(nn.Module):
     """Labeled or unlabeled? From the signed distance maps and the image to logits (B, 2). Its first level has 4 times
-    the V-Net's channels, which are the 64 of the paper for 16."""
+    the V-Net's channels: with 16 filters 64, as in the paper."""
 
     def __init__(self, channels: int, maps: int, filters: int):
         super().__init__()
@@ -180,19 +179,19 @@ class Discriminator(nn.Module):
 
 
 def sassnet_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
-    """The student predicts classes and signed distance maps, and the discriminator tells from the maps which patches
-    have labels; in turn, the student makes those of the unlabeled ones look labeled, and the discriminator learns."""
+    """The student predicts classes and signed distance maps, and the discriminator learns to tell from the maps
+    which patches have labels, while the student learns to make those of unlabeled patches look labeled."""
     student, discriminator = nets
     n, x = len(batch["x_l"]), torch.cat([batch["x_l"], batch["x_u"]])
     logits, maps = student(x).tensor_split([student.classes], 1)
     maps = maps.tanh()  # (B_l + B_u, classes - 1, D, H, W)
     loss_l = named_loss("dice", logits[:n], batch["y_l"])
     loss_map = F.mse_loss(maps[:n], signed_distance(batch["y_l"], maps.shape[1]))
-    labeled = torch.arange(len(x), device=x.device) < n
+    labeled = (torch.arange(len(x), device=x.device) < n).long()
     judged = discriminator.eval()(maps[n:], batch["x_u"])  # without its dropout
-    loss_u = F.cross_entropy(judged, torch.ones_like(labeled[n:], dtype=torch.long))
+    loss_u = F.cross_entropy(judged, torch.ones_like(labeled[n:]))
     descend(optimizers[0], loss_l + 0.3 * loss_map + 0.01 * ramp(batch, stairs=40) * loss_u)
-    loss_d = F.cross_entropy(discriminator.train()(maps.detach(), x), labeled.long())
+    loss_d = F.cross_entropy(discriminator.train()(maps.detach(), x), labeled)
     descend(optimizers[1], loss_d)
     scalars = dict(loss_l=loss_l, loss_u=loss_u, loss_map=loss_map, loss_discriminator=loss_d)
     return {name: value.detach() for name, value in scalars.items()}
@@ -229,11 +228,11 @@ def squared_distance(target: Tensor) -> Tensor:
 class Method:
     step: Callable
     nets: tuple[str, ...] = ("student", "teacher")  # in the step's order; the student's predictions are the result
-    own: dict[str, Callable] = field(default_factory=dict)  # makers of those that are no V-Nets
+    own: dict[str, Callable] = field(default_factory=dict)  # makers of the networks that are not V-Nets
     unlabeled: bool = True  # takes batch_u unlabeled patches; else labeled ones in their place
     dropout: bool = False  # needs dropout in its V-Nets, whatever the Config says
     maps: bool = False  # its V-Nets have a signed distance map for each foreground class
-    patch: int = 1  # voxels a side that a patch has at least
+    patch: int = 1  # the fewest voxels a side of a patch may have
 
 
 COMPARISONS = {

@@ -67,7 +67,7 @@ class Case:
 @dataclass
 class Dataset:
     labeled: list[Case]
-    unlabeled: list[Case]  # may carry a label: never trained on, scored as "transductive"
+    unlabeled: list[Case]  # may carry a label, never trained on: scored as "transductive"
     test: list[Case]  # may lack a label: predicted, not scored
     classes: list[str]  # names, background first
     channels: int
@@ -138,9 +138,9 @@ def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, s
     whole batches, a crop starts at any valid offset, and a volume smaller than the patch is centered in zeros.
 
     augment: "rotflip", the left-atrium literature's rot90 of the first two axes and a flip of one of them;
-    "flip", each axis with probability 0.5; "none". noise: standard deviation of Gaussian noise on the
-    normalized image, clipped at two of them (0.05 in the paper's pancreas experiments). voxel: the size in mm of the
-    patch's voxels, to which a crop of whole voxels is resampled; 0 leaves an axis as the scan has it.
+    "flip", each axis with probability 0.5; "none". noise: standard deviation of Gaussian noise on the normalized
+    image, clipped at two standard deviations (0.05 in the paper's pancreas experiments). voxel: the size in mm of
+    the patch's voxels, to which a crop of whole voxels is resampled; 0 leaves an axis as the scan has it.
     """
     samples = []
     for sample, case in devices.mine([*enumerate(chosen(cases, n, seed=seed, stream=stream, iteration=iteration), 1)]):
@@ -222,7 +222,7 @@ def read_case(name: str, image_paths: list[Path], label_path: Path | None, class
         raise BadInput(f"{str(image_paths[0])!a}: a name with characters that cannot be shown; rename it")
     if image_paths[0].suffix == ".h5":
         normalize = "zscore" if normalize == "zscore-crop" else "none"
-        spacing, affine = (0.625, 0.625, 0.625), np.eye(4)  # the challenge's; the file leaves both out
+        spacing, affine = (0.625, 0.625, 0.625), np.eye(4)  # the challenge's; files without an affine get the identity
         image, label = read_h5(image_paths[0])
     else:
         stems = [stem(path) for path in image_paths]

@@ -2,14 +2,14 @@
 
 A student learns from a teacher's pseudo labels; the teacher learns from the labels, and from how much its lesson
 helped the student on labeled data. Zeng, Wang et al., "Reciprocal learning for semi-supervised segmentation",
-MICCAI 2021, and Medical Physics 50(1):163-177, 2023.
+MICCAI 2021, and its successor, Medical Physics 50(1):163-177, 2023.
 
     python reciprocal.py --data la --labeled 0.2             train, test, report
     python reciprocal.py --data FOLDER --out runs/mine       own data
     python reciprocal.py --resume runs/mine                  go on where it stopped
     python reciprocal.py predict -i scans/ -o masks/ --checkpoint runs/mine
 
-To learn, read `reciprocal_step` first; the rest follows the order of the thought: Config, the network, the step,
+To learn, read `reciprocal_step` first; the rest is in reading order: Config, the network, the step,
 the inference, the training loop, the report, the command line.
 """
 
@@ -66,13 +66,13 @@ class Config:
                          "the scalar with a random sign, and none", ("scalar", "difference", "shuffled", "off"))
     iterations: int = flag(6000, "reciprocal steps")
     pretrain: int = flag(6000, "supervised steps of pre-training, for the teacher and for a pretrained student")
-    budget: str = flag("iterations", "what a comparison method has as much of as the whole reciprocal run: iterations, "
-                       "or patches that went forward and backward", ("iterations", "patches"))
+    budget: str = flag("iterations", "what a comparison method gets as many of as the whole reciprocal run: "
+                       "iterations, or patches that go forward and backward", ("iterations", "patches"))
     teacher_from: str = flag("", "a run or a file whose student's weights replace the teacher's pre-training")
     student_from: str = flag("", "the same for the student")
 
     filters: int = flag(16, "channels of the network's first level")
-    depth: int = flag(4, "times the network halves the volume")
+    depth: int = flag(4, "times the network halves each side of the volume")
     dropout: bool = flag(True, "Dropout3d(0.5) after the bottleneck and before the head")
     patch: tuple = flag((112, 112, 80), "voxels a side, each a multiple of 2 ** depth")
     voxel: tuple = flag((0.0, 0.0, 0.0), "size of these voxels in mm, an axis each: scans are resampled to it, and "
@@ -82,12 +82,12 @@ class Config:
     optimizer: str = flag("sgd", "SGD with momentum 0.9 and weight decay 1e-4, or Adam", ("sgd", "adam"))
     lr: float = flag(0.01, "learning rate")
     schedule: str = flag("step", "lr * 0.1 every lr_step, or lr * (1 - t/T) ** 0.9", ("step", "poly"))
-    lr_step: int = flag(2500, "iterations between two steps of the schedule `step`; a comparison method's are longer")
+    lr_step: int = flag(2500, "iterations between two drops of `step`; in proportion more for comparison methods")
     augment: str = flag("rotflip", "rot90 and one flip in the plane; a flip of each axis; none",
                         ("rotflip", "flip", "none"))
     noise: float = flag(0.0, "standard deviation of Gaussian noise on the patches")
-    normalize: str = flag("zscore", "intensities: z-score a scan, `window` to [0, 1], none; h5 files have a z-score "
-                          "and keep it but for `zscore-crop`", ("zscore", "zscore-crop", "window", "none"))
+    normalize: str = flag("zscore", "intensities: z-score a scan, `window` to [0, 1], none; h5 files keep the z-score "
+                          "that they have, except under `zscore-crop`", ("zscore", "zscore-crop", "window", "none"))
     window: tuple = flag((-125.0, 275.0), "the lowest and highest intensity for --normalize window")
 
     stride: tuple = flag((18, 18, 4), "steps of the sliding window, in voxels of the patch")
@@ -95,7 +95,7 @@ class Config:
     largest_component: bool = flag(False, "keep the largest component of each predicted class")
     spacing: str = flag("voxels", "unit of the distances", ("voxels", "mm"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    amp: str = flag("auto", "autocast; auto is bf16 on CUDA alone; on CPUs it pays with AMX", ("auto", "bf16", "off"))
+    amp: str = flag("auto", "autocast; auto is bf16 on CUDA alone; a CPU gains with AMX only", ("auto", "bf16", "off"))
     deterministic: bool = flag(False, "deterministic algorithms only")
     compile: bool = flag(False, "torch.compile of the networks: a minute or two at first, then faster steps")
     graph: bool = flag(True, "on one GPU, supervised and reciprocal steps (without a random sign) as CUDA graphs")
@@ -180,14 +180,14 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
         h = lr * <g_u, g_l>,    theta_T <- step(grad of [ L(T(x_l), y_l) + h * CE(T(x_u), pseudo_label) ])
 
     For a plain gradient step h is, to first order, the fall of the exam loss that the lesson caused (momentum and Adam
-    go further than lr * g_u): where the lesson helped (h > 0) the teacher is sharpened toward its pseudo label, where
-    it did harm (h < 0) it is pushed away. Over pseudo labels *sampled* from the teacher the mean of h * CE's gradient
-    is the gradient of the exam loss, divided by the number of voxels, over which CE is a mean; the paper's argmax is
-    biased, and the division makes the feedback a whisper (tests/test_reciprocal.py shows the first two)."""
+    step otherwise). Where the lesson helped (h > 0) the teacher is sharpened toward its pseudo label; where it did harm
+    (h < 0) it is pushed away. Over pseudo labels *sampled* from the teacher, the mean of the gradient of h * CE is the
+    gradient of the exam loss in the teacher's weights, divided by the number of voxels because CE is a mean over them,
+    which makes the feedback weak. The paper's argmax is biased (tests/test_reciprocal.py shows identity and bias)."""
     (teacher, student), (t_optimizer, s_optimizer) = nets, optimizers
     s_weights, loss = list(student.parameters()), functools.partial(named_loss, cfg.loss)
 
-    with torch.set_grad_enabled(cfg.feedback != "off"):  # the graph is kept for the feedback
+    with torch.set_grad_enabled(cfg.feedback != "off"):  # autograd's graph is kept for part 4
         t_logits_u = teacher(batch["x_u"])  # (B_u, classes, D, H, W)
     pseudo_label = t_logits_u.detach().argmax(1).to(torch.uint8)  # (B_u, D, H, W)
     if cfg.feedback == "difference":
@@ -232,7 +232,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
 @contextlib.contextmanager
 def exam(net: nn.Module, dropout: bool = True):
     """An exam teaches nothing: batch statistics normalize as in training, but leave no trace in the running ones.
-    Two exams are compared without dropout, or its chance would be all their difference."""
+    Two exams that are compared run without dropout: its chance would be all their difference."""
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     try:
         for module in net.modules():
@@ -311,7 +311,7 @@ class Stage:
 
 def stages(cfg: Config) -> list[Stage]:
     """What a run does. A comparison method takes as many iterations as the reciprocal run of the same Config in all
-    (or `budget`), so that none is short of training."""
+    (or as `budget` says), so that none is short of training."""
     mixed, supervised = dict(l=cfg.batch_l, u=cfg.batch_u), dict(l=cfg.batch_l + cfg.batch_u)
     if method := COMPARISONS.get(cfg.method):
         *pretrain, main = stages(replace(cfg, method="reciprocal"))
@@ -398,11 +398,11 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
     """All stages from the checkpoint `saved` on, until `stopped` holds something; log.jsonl and checkpoint.pt grow."""
     device = next(nets["student"].parameters()).device
     for number, stage in enumerate(stages(cfg)):
+        if saved and number < saved["stage"]:
+            continue
         start, trained = 0, [nets[name].train() for name in stage.nets]
         optimizers = [make_optimizer(cfg, net) for net in trained]
-        if saved and number <= saved["stage"]:
-            if number < saved["stage"]:
-                continue
+        if saved and number == saved["stage"]:
             start = saved["iteration"]
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 restore(optimizer, state)
@@ -415,7 +415,7 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             for net, optimizer in zip(trained, optimizers, strict=True):
                 if isinstance(net, VNet):
                     optimizer.param_groups[0]["lr"] = lr
-            reseed(cfg.seed, number, iteration + 1, devices.RANK)  # with 0 these are the weights' numbers
+            reseed(cfg.seed, number, iteration + 1, devices.RANK)  # + 1: with 0 it would be the weights' seed
             batch = make_batch(cfg, dataset, number, stage, iteration, device)
             with devices.autocast(cfg.amp, device):
                 scalars = step(trained, optimizers, batch, cfg)
@@ -442,10 +442,10 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
                 if "save" in due:
                     record.save(run / "checkpoint.pt", asdict(cfg), dataset, nets, stage=number, iteration=done,
                                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
-            if halt and not stopped:  # another rank is
-                raise KeyboardInterrupt
-            if halt:
+            if halt and stopped:
                 return
+            if halt:  # another rank was told to stop
+                raise KeyboardInterrupt
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------
@@ -455,14 +455,14 @@ def curve_point(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet]) -> di
     chosen by: the last checkpoint is the result."""
     cases = (dataset.scored("test") or dataset.scored("transductive"))[: cfg.eval_cases]
     means, cfg = {}, replace(cfg, stride=cfg.patch)
-    for name, net in nets.items() if cases else ():
+    for name, net in nets.items():
         device, dice = next(net.eval().parameters()).device, []
         for case in (case.to(device) for case in devices.mine(cases)):
             label = predict_label(net, case, cfg)
             dice.append([metrics.dice(label == value, case.label == value) for value in range(1, len(dataset.classes))])
         net.train()
-        known = [value for case in devices.gather(dice) for value in case if value == value]
-        if known:  # NaN: a class that is neither here nor there
+        known = [value for case in devices.gather(dice) for value in case if value == value]  # NaN: in neither
+        if known:
             means[name] = float(np.mean(known))
     return means
 

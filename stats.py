@@ -1,6 +1,6 @@
 """What the scores of many cases say: summaries with intervals, tables, and methods compared case by case.
 
-    python metrics.py compare RUN RUN ... [--reference METHOD] [--csv FILE] [--markdown FILE] [--plot FILE]
+    python metrics.py compare RUN RUN ... [--reference METHOD] [--set transductive] [--csv FILE] [--plot FILE]
 """
 
 import csv

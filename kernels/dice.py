@@ -21,14 +21,14 @@ and the chain through the softmax, dp_k/dz_c = p_k ([k = c] - p_c), with w = ce 
     dloss/dz_c = p_c (g_c - sum_k p_k g_k) + w (p_c - t_c).
 
 So a voxel's gradient needs its own logits and label and, of all others, no more than 2 K + 1 numbers. For a "batch"
-that is spread over the ranks of a process group these come from the ranks' sums, added up; its gradient is multiplied
-by the number of ranks, for their mean, which data-parallel training takes, is then that of the whole batch.
+that is spread over the ranks of a process group these come from the ranks' sums, added up; each rank multiplies its
+gradient by their number, so that the mean, which data-parallel training takes, is that of the whole batch.
 
 The bytes
 ---------
 A voxel's C logits of s bytes and its label of l bytes are read by the forward pass, C s + l, and again by the
 backward pass, which writes the gradient, 2 C s + l: 3 C s + 2 l in all. With C = 2, float32 and uint8 these are
-26 bytes, 104 MB for 4 x 112 x 112 x 80 voxels. To keep the softmax would move 2 C s more; to repeat it, none.
+26 bytes, 104 MB for 4 x 112 x 112 x 80 voxels. Keeping the softmax would move C s more; computing it again, none.
 """
 
 import torch
@@ -284,12 +284,12 @@ def dice_ce(
     ignore: int | None = None,
     group=None,
 ) -> Tensor:
-    """ce cross-entropy + dice Dice loss, one number in float32, differentiable once in the logits.
+    """ce * cross-entropy + dice * Dice loss, one number in float32, differentiable once in the logits.
 
     logits (B, C, D, H, W), C >= 2: float32, float16 or bfloat16, contiguous or channels_last_3d (another layout
     is copied). label (B, D, H, W): integer, uint8 moves the fewest bytes. A voxel whose label is `ignore` or no
     class (255, -1, C) is in no sum and gets no gradient; where no voxel counts, loss and gradient are 0. The mean
-    of the Dice losses has class 0 in it with `background` alone. (A factor on the device, such as the feedback,
+    of the Dice losses includes class 0 only with `background`. (A factor on the device, such as the feedback,
     multiplies the result: the backward pass reads what it is multiplied by where it lies.)
 
     form "batch": squared sums of a class over the whole batch, as the left-atrium literature has it (the Dice of

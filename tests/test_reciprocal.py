@@ -1,4 +1,4 @@
-"""The method's claims: the feedback is the meta-gradient, one backward is two, the window equals a plain loop."""
+"""The method's claims: the feedback is the meta-gradient, one backward pass equals two, windows equal a plain loop."""
 
 import copy
 import itertools
@@ -143,8 +143,8 @@ def test_argmax_is_biased():
 @pytest.mark.parametrize("seed", range(3))
 def test_a_credit_for_each_voxel_is_the_meta_gradient_without_sampling(seed):
     """To first order a lesson's effect is a sum over its voxels. So the gradient of the expected exam loss is that of
-    the teacher's probabilities times credits: by how much a step of the student along the exam's own gradient would
-    raise its log-probability of each class at each voxel. One exam, no bias, no division by the voxels."""
+    the teacher's probabilities times credits: by how much a step of the student down the exam's own loss would raise
+    its log-probability of each class at each voxel. One exam, no bias, no division by the voxels."""
     teacher, student, batch = toy(seed)
     errors = []
     for lr in (1e-2, 1e-3, 1e-4):
