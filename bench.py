@@ -163,8 +163,11 @@ def train(args) -> list[dict]:
         feedback = attempt(name, call, optional=name.startswith(COMPILED))
         if feedback is None:
             del contestants[name]
-        elif not math.isclose(feedback, expected, rel_tol=5e-2 if dtype == torch.float32 else 0.5):
+            continue
+        if not math.isclose(feedback, expected, rel_tol=5e-2 if dtype == torch.float32 else 0.5):
             raise BadInput(f"{name}: the first feedback is {feedback.item()}, not {expected}; nothing is timed")
+        for _ in range(3 * name.endswith("graph")):
+            call()  # the fourth call captures: that belongs in no round
     return above_floor(contestants, counter.get_total_flops(), cfg.batch_l + cfg.batch_u, args)
 
 

@@ -90,7 +90,7 @@ do_part() {
             rm -f "$out/$1.failed"
             return
             ;;
-        124)
+        124 | 137)
             if [ -e "$out/$1/config.json" ] || [ ! -e "$out/$1.cut" ]; then
                 touch "$out/$1.cut"
                 exit 3

@@ -47,8 +47,9 @@ def settle(name: str, amp: str = "off", deterministic: bool = False) -> torch.de
 
 def autocast(amp: str, device: torch.device):
     """Autocast to bf16 where asked for; "auto" is on CUDA alone: of CPUs only those with matrix units (AMX) are faster
-    in bf16 than in float32, others many times as slow."""
-    bf16 = amp == "bf16" or (amp == "auto" and device.type == "cuda")
+    in bf16 than in float32, others many times as slow, as are GPUs that only emulate it."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = amp == "bf16" or amp == "auto" and native
     # Without the cache of cast weights: within one step the exam would still see the student from before the lesson.
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
@@ -147,7 +148,8 @@ class Graph:
                 with torch.cuda.graph(self.graph, stream=self.stream):
                     self.scalars = self.on_device(nets, optimizers, batch | self.inputs, cfg)
             except RuntimeError as error:
-                raise BadInput(f"--no-graph is needed here: {str(error).splitlines()[0]}") from None
+                cause = error.__context__ or error  # what ended the capture, not that it was ended
+                raise BadInput(f"--no-graph is needed here: {str(cause).splitlines()[0]}") from None
         for name, x in self.inputs.items():
             x.copy_(batch[name])
         self.graph.replay()

@@ -14,6 +14,7 @@ failure, Dice = Jaccard = 0 and no distance (NaN); failures are counted and show
 """
 
 import functools
+import importlib.util
 import json
 import math
 import sys
@@ -71,12 +72,13 @@ def score_classes(prediction, label, classes: list[str] | dict[int, str], spacin
     """A row for each foreground class of two integer volumes: class, the five metrics, failure (0 or 1).
 
     classes: names in the order of the values, background first, or {value: name}. Volumes on a GPU are
-    scored there, all classes at once and with one synchronization.
+    scored there (given Triton), all classes at once and with one synchronization.
     """
     spacing = _spacing(prediction, label, spacing)
     names = classes if isinstance(classes, dict) else dict(enumerate(classes))
     names = {value: name for value, name in names.items() if value != 0}
-    if torch.is_tensor(prediction) and prediction.is_cuda and prediction.ndim == 3 and max(prediction.shape) <= 1024:
+    on_gpu = torch.is_tensor(prediction) and prediction.is_cuda and importlib.util.find_spec("triton")
+    if on_gpu and prediction.ndim == 3 and max(prediction.shape) <= 1024:
         from kernels.surface import surface_scores  # here, for Triton takes long to import
 
         values = torch.tensor(list(names), device=prediction.device)[:, None, None, None]

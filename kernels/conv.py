@@ -314,9 +314,9 @@ def convolve(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
     On a GPU, in float16 and bfloat16 with a float32 weight, channels_last_3d: Triton kernels for the channels that
     CHANNELS lists, for 3x3x3 where W is a multiple of P (a single channel only where x needs no gradient), for stride 2
     where the sides are even. (Of 3x3x3 with 32 channels the weight's gradient alone: cuDNN is as fast in the others.)
-    They are differentiable once, with sums in float32, without synchronization, the same bits each time, fit for a CUDA
-    graph. All else takes the reference. A value that is not finite reaches, beside its neighbors, the others of their
-    groups. ValueError for another size of the weight."""
+    They are differentiable once, with sums in float32, without synchronization, fit for a CUDA graph, and what is ours
+    gives the same bits each time. All else takes the reference. A value that is not finite reaches, beside its
+    neighbors, the others of their groups. ValueError for another size of the weight."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     O, I, size = weight.shape[:3]

@@ -288,9 +288,9 @@ def dice_ce(
 
     logits (B, C, D, H, W), C >= 2: float32, float16 or bfloat16, contiguous or channels_last_3d (another layout
     is copied). label (B, D, H, W): integer, uint8 moves the fewest bytes. A voxel whose label is `ignore` or no
-    class (255, -1, C) is in no sum and gets no gradient; where no voxel counts, loss and gradient are 0. The mean
-    of the Dice losses includes class 0 only with `background`. (A factor on the device, such as the feedback,
-    multiplies the result: the backward pass reads what it is multiplied by where it lies.)
+    class (255, -1, C) is in no sum and gets no gradient, if its logits are finite; where no voxel counts, loss and
+    gradient are 0. The mean of the Dice losses includes class 0 only with `background`. (A factor on the device, such
+    as the feedback, multiplies the result: the backward pass reads what it is multiplied by where it lies.)
 
     form "batch": squared sums of a class over the whole batch, as the left-atrium literature has it (the Dice of
     Milletari et al., V-Net, 3DV 2016). form "sample": plain sums per sample and class (MONAI, nnU-Net).

@@ -86,16 +86,16 @@ if triton:
         _two_sums(first, second, sums, c, C)
 
     @triton.jit
-    def _statistics(x, sums, mean, var, offset, running_mean, running_var, momentum, parts, M, C,
+    def _statistics(x, sums, mean, inverse, offset, running_mean, running_var, momentum, eps, parts, M, C,
                     TRACK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-        """mean and var (C), and the running ones a step on; WIDTH channels a program."""
+        """mean and 1 / sqrt(s2 + e) (C), and the running ones a step on; WIDTH channels a program."""
         c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
         first, second = _sum_parts(sums, parts, C, c, ROWS, WIDTH)
         shift = first / M
         mu = tl.load(x + c, c < C, other=0.0).to(tl.float32) + shift
         s2 = tl.maximum(second / M - shift * shift, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(mean + c, mu, c < C)
-        tl.store(var + c, s2, c < C)
+        tl.store(inverse + c, 1 / tl.sqrt(s2 + eps), c < C)
         if TRACK:
             before = tl.load(running_mean + c, c < C)
             mu += tl.load(offset + c, c < C)
@@ -104,28 +104,28 @@ if triton:
             tl.store(running_var + c, before + momentum * (s2 * (M / (M - 1.0)) - before), c < C)
 
     @triton.jit
-    def _normalize(x, mean, var, eps, row, c, M, C):
+    def _normalize(x, mean, inverse, row, c, M, C):
         """n (ROWS, WIDTH) and 1 / sqrt(s2 + e) (1, WIDTH)."""
-        inverse = 1 / tl.sqrt(tl.load(var + c, c < C, other=1.0) + eps)
+        inverse = tl.load(inverse + c, c < C, other=0.0)
         return (_load(x, row, c, M, C) - tl.load(mean + c, c < C, other=0.0)) * inverse, inverse
 
     @triton.jit
-    def _forward(x, y, mean, var, weight, bias, eps, M, C, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    def _forward(x, y, mean, inverse, weight, bias, M, C, ROWS: tl.constexpr, WIDTH: tl.constexpr):
         row, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
-        n, _ = _normalize(x, mean, var, eps, row, c, M, C)
+        n, _ = _normalize(x, mean, inverse, row, c, M, C)
         z = n * tl.load(weight + c, c < C, other=0.0) + tl.load(bias + c, c < C, other=0.0)
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(y + row.to(tl.int64) * C + c, z, (row < M) & (c < C))
 
     @triton.jit
-    def _backward_sums(x, dy, mean, var, weight, bias, sums, eps, M, C, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    def _backward_sums(x, dy, mean, inverse, weight, bias, sums, M, C, ROWS: tl.constexpr, WIDTH: tl.constexpr):
         """sums (parts, 2, C): of g, and of g n."""
         c = tl.arange(0, WIDTH)[None, :]
         w, b = tl.load(weight + c, c < C, other=0.0), tl.load(bias + c, c < C, other=0.0)
         first, second = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
         for start in tl.range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS, num_stages=3):
             row = start + tl.arange(0, ROWS)[:, None]
-            n, _ = _normalize(x, mean, var, eps, row, c, M, C)
+            n, _ = _normalize(x, mean, inverse, row, c, M, C)
             g = tl.where(n * w + b > 0, _load(dy, row, c, M, C), 0.0)
             first += g
             second += g * n
@@ -141,9 +141,9 @@ if triton:
         tl.store(grads + 2 * C + c, first, c < C)
 
     @triton.jit
-    def _backward(x, dy, dx, mean, var, weight, bias, grads, eps, M, C, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    def _backward(x, dy, dx, mean, inverse, weight, bias, grads, M, C, ROWS: tl.constexpr, WIDTH: tl.constexpr):
         row, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
-        n, inverse = _normalize(x, mean, var, eps, row, c, M, C)
+        n, inverse = _normalize(x, mean, inverse, row, c, M, C)
         w, b = tl.load(weight + c, c < C, other=0.0), tl.load(bias + c, c < C, other=0.0)
         dw, db = tl.load(grads + C + c, c < C, other=0.0), tl.load(grads + 2 * C + c, c < C, other=0.0)
         g = tl.where(n * w + b > 0, _load(dy, row, c, M, C), 0.0)
@@ -171,31 +171,30 @@ class _NormReLU(torch.autograd.Function):
         y = torch.empty_like(x)
         with torch.cuda.device_of(x):
             if training:
-                mean, var = x.new_empty((2, C), dtype=torch.float32)
+                mean, inverse = x.new_empty((2, C), dtype=torch.float32)
                 sums = x.new_empty((parts, 2, C), dtype=torch.float32)
                 _moments[parts,](x, sums, M, C, **summing)
-                _statistics[groups,](x, sums, mean, var, offset, running_mean, running_var, momentum, parts, M, C,
-                                     TRACK=running_mean is not None, **adding)  # fmt: skip
+                _statistics[groups,](x, sums, mean, inverse, offset, running_mean, running_var, momentum, eps, parts,
+                                     M, C, TRACK=running_mean is not None, **adding)  # fmt: skip
             else:
-                mean, var = running_mean - offset, running_var
-            _forward[tiles,](x, y, mean, var, weight, bias, eps, M, C, **writing)
-        ctx.save_for_backward(x, mean, var, weight, bias)
-        ctx.eps = eps
+                mean, inverse = running_mean - offset, (running_var + eps).rsqrt()
+            _forward[tiles,](x, y, mean, inverse, weight, bias, M, C, **writing)
+        ctx.save_for_backward(x, mean, inverse, weight, bias)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, mean, var, weight, bias = ctx.saved_tensors
+        x, mean, inverse, weight, bias = ctx.saved_tensors
         C, M = x.shape[1], x.numel() // x.shape[1]
         (parts, summing), (groups, adding), (tiles, writing) = launch(M, C)
         dy = dy.contiguous(memory_format=torch.channels_last_3d)
         dx, grads = torch.empty_like(x), x.new_empty((3, C), dtype=torch.float32)
         sums = x.new_empty((parts, 2, C), dtype=torch.float32)
         with torch.cuda.device_of(x):
-            _backward_sums[parts,](x, dy, mean, var, weight, bias, sums, ctx.eps, M, C, **summing)
+            _backward_sums[parts,](x, dy, mean, inverse, weight, bias, sums, M, C, **summing)
             _backward_finish[groups,](sums, grads, parts, C, **adding)
-            _backward[tiles,](x, dy, dx, mean, var, weight, bias, grads, ctx.eps, M, C, **writing)
+            _backward[tiles,](x, dy, dx, mean, inverse, weight, bias, grads, M, C, **writing)
         return dx, *grads, *[None] * 5
 
 

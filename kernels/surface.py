@@ -264,7 +264,8 @@ def _finish(tallies, parts, ends, scores, T, PROGRAMS: tl.constexpr, BITS: tl.co
 
 
 def surface_scores(prediction: Tensor, label: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
-    """Overlap counts and surface distances of K pairs of masks of one volume, without a synchronization.
+    """Overlap counts and surface distances of K pairs of masks of one volume, without a synchronization (but one when
+    a spacing is new: not the first time, then, in the capture of a CUDA graph).
 
     Args:
         prediction, label: (K, D, H, W), or (D, H, W) for K = 1, bool or uint8, foreground wherever not 0;
@@ -283,7 +284,7 @@ def surface_scores(prediction: Tensor, label: Tensor, spacing: Sequence[float] |
     if not (triton and (label.is_cuda or INTERPRETED)):
         return reference(prediction, label, spacing)
     scores = torch.empty(len(label), 6, dtype=torch.float64, device=label.device)
-    together = max(1, TOGETHER // label[0].numel())
+    together = min(65535, max(1, TOGETHER // label[0].numel()))  # a grid's second side has no more
     pairs = (masks.contiguous().view(torch.uint8).split(together) for masks in (prediction, label))
     with torch.cuda.device_of(label):
         for p, q, rows in zip(*pairs, scores.split(together), strict=True):
@@ -327,7 +328,10 @@ def _offsets(spacing: tuple[float, ...], depth: int, height: int, device: torch.
     length, order = (square_z[:, None] + square_y).flatten().sort()
     s_x = torch.full((1,), spacing[2], dtype=torch.float64, device=device)
     rows, columns = dz[order // len(dy)].int(), dy[order % len(dy)].int()
-    return s_x, rows, columns, pad(length, (0, 1), value=math.inf)
+    table = s_x, rows, columns, pad(length, (0, 1), value=math.inf)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # later calls may come from other streams
+    return table
 
 
 def _checked(prediction: Tensor, label: Tensor, spacing) -> tuple[Tensor, Tensor, tuple[float, ...]]:
