@@ -15,6 +15,7 @@ A training image without a label file is an unlabeled case. An all-zero label is
     python data.py check FOLDER        everything that is wrong with it, a line each
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -129,9 +130,9 @@ SOURCES = {
 # ---- random patches ----------------------------------------------------------------------------------------
 
 def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, stream: int, iteration: int,
-         augment: str, noise: float = 0, voxel=(0, 0, 0), labeled=True, device="cpu") -> tuple[Tensor, Tensor | None]:
-    """n random patches, or this rank's share of them: image (n, C, *patch) float32; label (n, *patch) uint8, or None
-    where not `labeled`.
+         augment: str, noise: float = 0, voxel=(0, 0, 0), classes=0, device="cpu") -> tuple[Tensor, Tensor | None]:
+    """n random patches, or this rank's share of them: image (n, C, *patch) float32; label (n, *patch) uint8, below
+    `classes`, or None where that is 0.
 
     Every random number comes from (seed, stream, iteration, sample) alone: neither resuming nor the order of
     calls changes anything; `stream` keeps the uses apart. Cases come without replacement within an epoch of
@@ -145,9 +146,9 @@ def draw(cases: list[Case], n: int, patch: tuple[int, int, int], *, seed: int, s
     samples = []
     for sample, case in devices.mine([*enumerate(chosen(cases, n, seed=seed, stream=stream, iteration=iteration), 1)]):
         rng = np.random.default_rng([seed, stream, iteration, sample])
-        samples.append(_patch(case, patch, rng, augment, noise, voxel, labeled, device))
+        samples.append(_patch(case, patch, rng, augment, noise, voxel, classes, device))
     images, labels = zip(*samples, strict=True)
-    return torch.stack(images), torch.stack(labels) if labeled else None
+    return torch.stack(images), torch.stack(labels) if classes else None
 
 
 def chosen(cases: list[Case], n: int, *, seed: int, stream: int, iteration: int) -> list[Case]:
@@ -158,7 +159,7 @@ def chosen(cases: list[Case], n: int, *, seed: int, stream: int, iteration: int)
     return [cases[order[(batch * n + sample) % len(cases)]] for sample in range(n)]
 
 
-def _patch(case, patch, rng, augment, noise, voxel, labeled, device) -> tuple[Tensor, Tensor | None]:
+def _patch(case, patch, rng, augment, noise, voxel, classes, device) -> tuple[Tensor, Tensor | None]:
     turns, flips = 0, []
     if augment == "rotflip":
         turns, flips = int(rng.integers(4)), [int(rng.integers(1, 3))]
@@ -178,32 +179,34 @@ def _patch(case, patch, rng, augment, noise, voxel, labeled, device) -> tuple[Te
     if noise:
         generator = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
         image = image + noise * torch.randn(image.shape, generator=generator, device=device).clamp_(-2, 2)
-    return image, pad(resize_label(cut(case.label[None])[0], size[axes])[None], patch)[0] if labeled else None
+    return image, pad(resize_label(cut(case.label[None])[0], size[axes], classes)[None], patch)[0] if classes else None
 
 
 def resize(volume: Tensor, shape: Sequence[int]) -> Tensor:
     """(C, d, h, w) float32 over the same box in `shape` voxels, axis by axis: a new voxel is the mean of what it covers
     where they grow larger, interpolated between its neighbors where they grow smaller."""
     for axis, (old, new) in enumerate(zip(volume.shape[1:], map(int, shape), strict=True), start=1):
-        if old == new:
-            continue
-        step = old / new
-        centers = (torch.arange(new, dtype=torch.float64) + 0.5) * step - 0.5
-        distances = (torch.arange(old)[:, None] - centers).abs()
-        weights = ((max(step, 1) + 1) / 2 - distances).clamp(0, 1)  # an overlap, or a tent
-        weights = (weights / weights.sum(0)).float().to(volume.device)
-        with torch.autocast(volume.device.type, enabled=False):
-            volume = (volume.movedim(axis, -1) @ weights).movedim(-1, axis)
+        if old != new:
+            with torch.autocast(volume.device.type, enabled=False):
+                volume = (volume.movedim(axis, -1) @ _weights(old, new, volume.device)).movedim(-1, axis)
     return volume
 
 
-def resize_label(label: Tensor, shape: Sequence[int]) -> Tensor:
+@functools.lru_cache(256)  # else the host would wait for the GPU at each patch
+def _weights(old: int, new: int, device: torch.device) -> Tensor:
+    step = old / new
+    centers = (torch.arange(new, dtype=torch.float64) + 0.5) * step - 0.5
+    distances = (torch.arange(old)[:, None] - centers).abs()
+    weights = ((max(step, 1) + 1) / 2 - distances).clamp(0, 1)  # an overlap, or a tent
+    return (weights / weights.sum(0)).float().to(device)
+
+
+def resize_label(label: Tensor, shape: Sequence[int], classes: int) -> Tensor:
     """(D, H, W) uint8: a new voxel has the class that covers most of it, or that is nearest where they grow smaller."""
     if label.shape == tuple(shape):
         return label
-    values = label.unique()
-    shares = torch.stack([label == value for value in values]).float()
-    return values[resize(shares, shape).max(0).indices]
+    shares = torch.stack([label == value for value in range(classes)]).float()
+    return resize(shares, shape).max(0).indices.to(torch.uint8)
 
 
 def pad(volume: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -359,18 +359,18 @@ def make_batch(cfg: Config, dataset: data.Dataset, number: int, stage: Stage, it
     """The patches of one step; they depend on the seed, the stage and the iteration alone."""
     batch, sizes = dict(iteration=iteration, iterations=stage.iterations, cases=[]), stage.patches.copy()
 
-    def draw(cases: list[data.Case], n: int, role: int, labeled: bool = True):
+    def draw(cases: list[data.Case], n: int, role: int, classes: int = 0):
         counters = dict(seed=cfg.seed, stream=2 * number + role, iteration=iteration)
         batch["cases"] += [case.name for case in data.chosen(cases, n, **counters)]
         image, label = data.draw(cases, n, cfg.patch, **counters, augment=cfg.augment, noise=cfg.noise,
-                                 voxel=cfg.voxel, labeled=labeled, device=device)
+                                 voxel=cfg.voxel, classes=classes, device=device)
         return image.to(memory_format=torch.channels_last_3d), label  # `contiguous` ignores strides of one channel
 
     if n := sizes.pop("u", 0):
-        batch["x_u"], _ = draw(dataset.unlabeled, n, 1, labeled=False)
+        batch["x_u"], _ = draw(dataset.unlabeled, n, 1)
     # One draw without replacement: the exam's cases are not those of the lesson while there are enough of them.
     shares = [n // devices.WORLD for n in sizes.values()]
-    images, labels = (x.split(shares) for x in draw(dataset.labeled, sum(sizes.values()), 0))
+    images, labels = (x.split(shares) for x in draw(dataset.labeled, sum(sizes.values()), 0, len(dataset.classes)))
     for part, image, label in zip(sizes, images, labels, strict=True):
         batch |= {f"x_{part}": image, f"y_{part}": label}
     return batch

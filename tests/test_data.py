@@ -140,7 +140,7 @@ def test_a_patch_is_numpys_turn_and_flip_of_a_crop(augment, patch):
     volume, label = case.volume()[0].numpy(), case.label.numpy()
     kinds = set()
     for iteration in range(60):
-        image, target = draw([case], 1, patch, seed=3, stream=0, iteration=iteration, augment=augment)
+        image, target = draw([case], 1, patch, seed=3, stream=0, iteration=iteration, augment=augment, classes=251)
         assert image.shape == (1, 1, *patch) and target.shape == (1, *patch) and target.dtype == torch.uint8
         first = np.array(np.unravel_index(int(image.min()) - 1, volume.shape))
         turns = range(4) if augment == "rotflip" else [0]
@@ -172,7 +172,7 @@ def test_every_offset_is_drawn_evenly_and_the_last_is_one_of_them():
 def test_a_small_volume_is_centered_in_zeros_after_normalization():
     array, label = scan(0)[None], mask(0)
     case = case_of(array, label, "zscore")
-    image, target = draw([case], 1, (12, 8, 10), seed=0, stream=0, iteration=0, augment="none")
+    image, target = draw([case], 1, (12, 8, 10), seed=0, stream=0, iteration=0, augment="none", classes=2)
     inside = (slice(1, 10), slice(0, 8), slice(1, 8))
     assert torch.equal(image[0, 0][inside], case.volume()[0]) and torch.equal(target[0][inside], case.label)
     assert image.count_nonzero() == case.volume().count_nonzero() and target.sum() == label.sum()
@@ -195,8 +195,7 @@ def test_a_draw_depends_on_its_counters_alone():
 
 def test_an_epoch_holds_each_case_once():
     cases = [case_of(np.array([i, -1], np.int16).reshape(1, 2, 1, 1)) for i in range(6)]
-    drawn = [draw(cases, 2, (2, 1, 1), seed=0, stream=0, iteration=i, augment="none", labeled=False)[0]
-             for i in range(6)]
+    drawn = [draw(cases, 2, (2, 1, 1), seed=0, stream=0, iteration=i, augment="none")[0] for i in range(6)]
     first, second = torch.cat(drawn).amax((1, 2, 3, 4)).view(2, 6)
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(6)) and not torch.equal(first, second)
 
@@ -211,8 +210,8 @@ def test_no_batch_holds_a_case_twice(n):
 
 def test_noise_is_clipped_and_unlabeled_draws_have_no_label():
     case = case_of(scan(0, (1, 30, 30, 30)).astype(np.float32))
-    plain, label = draw([case], 1, (20, 20, 20), seed=0, stream=0, iteration=0, augment="none", labeled=False)
-    noisy, _ = draw([case], 1, (20, 20, 20), seed=0, stream=0, iteration=0, augment="none", noise=0.5, labeled=False)
+    plain, label = draw([case], 1, (20, 20, 20), seed=0, stream=0, iteration=0, augment="none")
+    noisy, _ = draw([case], 1, (20, 20, 20), seed=0, stream=0, iteration=0, augment="none", noise=0.5)
     grain = (noisy - plain) / 0.5
     assert label is None and abs(grain).max() <= 2 + 1e-4 and 0.8 < grain.std() < 1 and abs(grain.mean()) < 0.05
 
@@ -231,7 +230,8 @@ def ramp(shape=(24, 20, 30), spacing=(1.0, 2.0, 0.5)):
 def test_patches_have_the_voxel_size_asked_for(voxel, steps, augment):
     case, turned = ramp(), set()
     for iteration in range(20):
-        image, label = draw([case], 1, (4, 4, 5), seed=0, stream=0, iteration=iteration, augment=augment, voxel=voxel)
+        image, label = draw([case], 1, (4, 4, 5), seed=0, stream=0, iteration=iteration, augment=augment, voxel=voxel,
+                            classes=2)
         assert image.shape == (1, 1, 4, 4, 5) and label.shape == (1, 4, 4, 5) and label.dtype == torch.uint8
         found = [image[0, 0].double().diff(dim=axis) for axis in range(3)]
         assert all((step - step.mean()).abs().max() < 0.1 for step in found)  # the last of float32's bits is 0.02 here
@@ -247,13 +247,14 @@ def test_patches_have_the_voxel_size_asked_for(voxel, steps, augment):
 def test_a_resampled_label_lies_where_its_image_does(factor):
     """The coarse voxel whose center is past the border of the label is labeled, for any factor."""
     case = ramp()  # the border is at 12 mm, and no center of a coarse voxel
-    image, label = draw([case], 4, (4, 4, 4), seed=0, stream=0, iteration=0, augment="rotflip", voxel=(factor, 0, 0))
+    image, label = draw([case], 4, (4, 4, 4), seed=0, stream=0, iteration=0, augment="rotflip", voxel=(factor, 0, 0),
+                        classes=2)
     past = image[:, 0] % 100 - 12
     assert 0.2 < label.float().mean() < 0.8
     assert torch.equal(label[past.abs() > 0.26], (past[past.abs() > 0.26] > 0).to(torch.uint8))
     inside = (case.label[None] == 1).float()
     whole = data.resize(inside, case.grid((factor, 0, 0)))[0]
-    coarse = data.resize_label(case.label, case.grid((factor, 0, 0)))
+    coarse = data.resize_label(case.label, case.grid((factor, 0, 0)), 2)
     assert torch.equal(coarse, (whole > 0.5).to(torch.uint8))
 
 
@@ -294,10 +295,10 @@ def test_a_finer_voxel_lies_between_its_neighbors():
 
 def test_a_coarser_label_is_the_majority():
     label = torch.tensor([0, 0, 3, 3, 3, 7, 7, 1, 7], dtype=torch.uint8).view(9, 1, 1)
-    assert data.resize_label(label, (3, 1, 1)).flatten().tolist() == [0, 3, 7]
-    assert data.resize_label(label, (4, 1, 1)).dtype == torch.uint8
-    assert data.resize_label(label, (9, 1, 1)) is label
-    assert data.resize_label(label, (18, 2, 1))[::2, 0, 0].tolist() == label.flatten().tolist()
+    assert data.resize_label(label, (3, 1, 1), 8).flatten().tolist() == [0, 3, 7]
+    assert data.resize_label(label, (4, 1, 1), 8).dtype == torch.uint8
+    assert data.resize_label(label, (9, 1, 1), 8) is label
+    assert data.resize_label(label, (18, 2, 1), 8)[::2, 0, 0].tolist() == label.flatten().tolist()
 
 
 # ---- layouts ------------------------------------------------------------------------------------------------

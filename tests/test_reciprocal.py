@@ -576,7 +576,7 @@ def test_a_step_takes_patches_of_the_voxel_size(folder):
     batch = reciprocal.make_batch(cfg, dataset, 0, reciprocal.stages(cfg)[0], 5, "cpu")
     for name, cases, stream in (("x_l", dataset.labeled, 0), ("x_u", dataset.unlabeled, 1)):
         image, _ = data.draw(cases, 2, cfg.patch, seed=cfg.seed, stream=stream, iteration=5, augment=cfg.augment,
-                             voxel=voxel, labeled=False)
+                             voxel=voxel)
         assert torch.equal(batch[name], image)
 
 
