@@ -194,10 +194,8 @@ def resize(volume: Tensor, shape: Sequence[int]) -> Tensor:
 
 @functools.lru_cache(256)  # else the host would wait for the GPU at each patch
 def _weights(old: int, new: int, device: torch.device) -> Tensor:
-    step = old / new
-    centers = (torch.arange(new, dtype=torch.float64) + 0.5) * step - 0.5
-    distances = (torch.arange(old)[:, None] - centers).abs()
-    weights = ((max(step, 1) + 1) / 2 - distances).clamp(0, 1)  # an overlap, or a tent
+    centers = (torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5
+    weights = ((max(old / new, 1) + 1) / 2 - (torch.arange(old)[:, None] - centers).abs()).clamp(0, 1)  # overlap or tent
     return (weights / weights.sum(0)).float().to(device)
 
 
