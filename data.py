@@ -195,7 +195,7 @@ def resize(volume: Tensor, shape: Sequence[int]) -> Tensor:
 @functools.lru_cache(256)  # else the host would wait for the GPU at each patch
 def _weights(old: int, new: int, device: torch.device) -> Tensor:
     centers = (torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5
-    weights = ((max(old / new, 1) + 1) / 2 - (torch.arange(old)[:, None] - centers).abs()).clamp(0, 1)  # overlap or tent
+    weights = ((max(old / new, 1) + 1) / 2 - (torch.arange(old)[:, None] - centers).abs()).clamp(0, 1)
     return (weights / weights.sum(0)).float().to(device)
 
 
