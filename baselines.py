@@ -59,6 +59,24 @@ def restore(optimizer: Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
 
 
+def random_box(x: Tensor) -> Tensor:
+    """A box somewhere in each patch of x (B, C, D, H, W), two thirds of it in each direction: (B, 1, D, H, W) bool."""
+    box = torch.ones(len(x), 1, *x.shape[2:], dtype=torch.bool, device=x.device)
+    for axis, n in enumerate(x.shape[2:], 2):
+        start = (torch.rand(len(x), 1, device=x.device) * (n - 2 * n // 3 + 1)).floor()
+        place = torch.arange(n, device=x.device) - start  # (B, n)
+        box &= ((place >= 0) & (place < 2 * n // 3)).view(len(x), *(n if a == axis else 1 for a in range(1, 5)))
+    return box
+
+
+def exchange_boxes(x: Tensor, y: Tensor, x2: Tensor, y2: Tensor) -> tuple[Tensor, ...]:
+    """Patches (B, C, D, H, W) with labels (B, D, H, W), and as many others: each pair with the contents of a box
+    exchanged (Bai et al., "Bidirectional copy-paste for semi-supervised medical image segmentation", CVPR 2023)."""
+    box = random_box(x)
+    return (torch.where(box, x2, x), torch.where(box[:, 0], y2, y),
+            torch.where(box, x, x2), torch.where(box[:, 0], y, y2))
+
+
 def supervised_step(nets: list[nn.Module], optimizers: list[Optimizer], batch: dict, cfg) -> dict[str, Tensor]:
     loss_l = named_loss(cfg.supervised_loss, nets[0](batch["x_l"]), batch["y_l"])
     descend(optimizers[0], loss_l)

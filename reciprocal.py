@@ -33,7 +33,7 @@ import data
 import devices
 import metrics
 import record
-from baselines import COMPARISONS, descend, gradients_of, named_loss, restore, supervised_step, update
+from baselines import COMPARISONS, descend, exchange_boxes, gradients_of, named_loss, restore, supervised_step, update
 from cli import BadInput, Parser, add_flags, cli, flag, make_folder
 from data import PRESETS
 from devices import Pointwise, Unit
@@ -60,7 +60,7 @@ class Config:
     preset: str = flag("strong", "the paper's loss, lesson and start, or the stronger default", ("paper", "strong"))
     loss: str = flag("dice+ce", "loss of the reciprocal steps", ("ce", "dice", "dice+ce"))
     supervised_loss: str = flag("dice+ce", "loss of `supervised` and of pre-training", ("ce", "dice", "dice+ce"))
-    lesson: str = flag("both", "the student learns from pseudo labels, or from labels as well", ("pseudo", "both"))
+    lesson: str = flag("both", "the student learns from pseudo labels, labels too, a mix", ("pseudo", "both", "mixed"))
     student_start: str = flag("pretrained", "the student's weights at the start", ("random", "pretrained"))
     feedback: str = flag("scalar", "h: the authors' lr * <g_u, g_l>; the measured fall of the exam loss; two controls, "
                          "the scalar with a random sign, and none", ("scalar", "difference", "shuffled", "off"))
@@ -173,8 +173,8 @@ class VNet(nn.Module):
 def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, cfg: Config) -> dict[str, Tensor]:
     """One iteration of reciprocal learning: networks and optimizers of (teacher, student), updated in place.
 
-    batch: x_l (B_l, C, D, H, W), y_l (B_l, D, H, W); x_u (B_u, C, D, H, W); for `--lesson both` x_s and y_s, labeled
-    patches for the student that are not those of its exam, x_l; `iteration`, the number of the step.
+    batch: x_l (B_l, C, D, H, W), y_l (B_l, D, H, W); x_u (B_u, C, D, H, W); unless `--lesson pseudo` x_s and y_s,
+    labeled patches for the student that are not those of its exam, x_l; `iteration`, the number of the step.
     Returns scalars that stay on the device. The feedback is Meta Pseudo Labels' eq. 12 (arXiv 2003.10580):
 
         h = lr * <g_u, g_l>,    theta_T <- step(grad of [ L(T(x_l), y_l) + h * CE(T(x_u), pseudo_label) ])
@@ -194,12 +194,14 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
         with torch.no_grad(), exam(student, dropout=False):
             loss_before = loss(student(batch["x_l"]), batch["y_l"])
 
-    # 1. The lesson: the student sees only the pseudo label (and, with `--lesson both`, labeled patches of its own).
-    loss_u = loss(student(batch["x_u"]), pseudo_label)
+    # 1. The lesson: pseudo labels; `--lesson both` adds labeled patches, `mixed` exchanges boxes between the two.
+    patches = batch["x_u"], pseudo_label, batch.get("x_s"), batch.get("y_s")
+    x_u, y_u, x_s, y_s = exchange_boxes(*patches) if cfg.lesson == "mixed" else patches
+    loss_u = loss(student(x_u), y_u)
     lesson = g_u = gradients_of(loss_u, s_weights)
     scalars = dict(loss_u=loss_u)
-    if cfg.lesson == "both":
-        scalars["loss_s"] = loss_s = loss(student(batch["x_s"]), batch["y_s"])
+    if cfg.lesson != "pseudo":
+        scalars["loss_s"] = loss_s = loss(student(x_s), y_s)
         lesson = torch._foreach_add(g_u, gradients_of(loss_s, s_weights))  # one call, not a hundred
     update(s_optimizer, lesson)
 
@@ -312,20 +314,19 @@ class Stage:
 def stages(cfg: Config) -> list[Stage]:
     """What a run does. A comparison method takes as many iterations as the reciprocal run of the same Config in all
     (or as `budget` says), so that none is short of training."""
-    mixed, supervised = dict(l=cfg.batch_l, u=cfg.batch_u), dict(l=cfg.batch_l + cfg.batch_u)
+    kinds, supervised = dict(l=cfg.batch_l, u=cfg.batch_u), dict(l=cfg.batch_l + cfg.batch_u)
     if method := COMPARISONS.get(cfg.method):
         *pretrain, main = stages(replace(cfg, method="reciprocal"))
         more = 1.0
         if cfg.budget == "patches":  # a step's are x_l and x_u of the teacher, x_u and x_s of the student, x_l its exam
-            more = 2 + main.patches.get("s", 0) / sum(mixed.values())
+            more = 2 + main.patches.get("s", 0) / sum(kinds.values())
         total = sum(stage.iterations for stage in pretrain) + round(more * main.iterations)
-        return [Stage(cfg.method, method.step, method.nets, total, mixed if method.unlabeled else supervised)]
+        return [Stage(cfg.method, method.step, method.nets, total, kinds if method.unlabeled else supervised)]
     needed = dict(teacher=not cfg.teacher_from, student=cfg.student_start == "pretrained" and not cfg.student_from)
     pretrain = [Stage(f"pre-training of the {name}", supervised_step, (name,), cfg.pretrain, supervised)
                 for name in needed if needed[name]]
-    if cfg.lesson == "both":
-        mixed["s"] = cfg.batch_l
-    return [*pretrain, Stage("reciprocal", reciprocal_step, ("teacher", "student"), cfg.iterations, mixed)]
+    more = dict(pseudo={}, both=dict(s=cfg.batch_l), mixed=dict(s=cfg.batch_u))[cfg.lesson]
+    return [*pretrain, Stage("reciprocal", reciprocal_step, ("teacher", "student"), cfg.iterations, kinds | more)]
 
 
 def reseed(*numbers: int) -> None:
@@ -469,9 +470,8 @@ def curve_point(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet]) -> di
 
 def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -> list[dict]:
     """Predict and score every case that training has not seen with its label, by student and teacher: rows of metrics.
-    The student's predictions go to predictions/ (test) and transductive/.
-
-    Test cases take the stride of the Config, the many transductive ones windows side by side."""
+    The student's predictions go to predictions/ (test) and transductive/. Test cases take the stride of the Config, the
+    many transductive ones windows side by side."""
     device, rows = next(nets["student"].parameters()).device, []
     for name, cases, stride in (("test", dataset.test, cfg.stride),
                                 ("transductive", dataset.scored("transductive"), cfg.patch)):

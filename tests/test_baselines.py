@@ -87,6 +87,19 @@ def test_ramp_is_that_of_the_literature():
     assert baselines.ramp(dict(iteration=300, iterations=400)) == pytest.approx(math.exp(-5 / 16))
 
 
+def test_a_random_box_lies_anywhere_in_the_patch_and_has_two_thirds_of_each_side():
+    boxes, sides = baselines.random_box(torch.empty(2000, 2, 12, 9, 6))[:, 0], (12, 9, 6)
+    spans = [boxes.any(tuple({1, 2, 3} - {axis})) for axis in (1, 2, 3)]  # (500, n) each
+    product = spans[0][:, :, None, None] & spans[1][:, None, :, None] & spans[2][:, None, None]
+    assert torch.equal(boxes, product)
+    starts = [span.int().argmax(1) for span in spans]
+    for n, span, start in zip(sides, spans, starts, strict=True):
+        place = torch.arange(n)
+        assert torch.equal(span, (place >= start[:, None]) & (place < start[:, None] + 2 * n // 3))
+        assert set(start.tolist()) == set(range(n // 3 + 1))
+    assert len(set(zip(*(start.tolist() for start in starts), strict=True))) == 5 * 4 * 3  # in any combination
+
+
 def test_noise_is_clamped_and_has_its_deviation():
     noise = baselines.noisy(torch.zeros(100_000))
     assert noise.abs().max() == pytest.approx(0.2) and 0.094 < noise.std() < 0.098  # of a normal cut at 2 deviations

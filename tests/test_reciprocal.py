@@ -22,7 +22,7 @@ import devices
 import kernels.dice
 import reciprocal
 import record
-from baselines import COMPARISONS, descend
+from baselines import COMPARISONS, descend, random_box
 from cli import BadInput
 from cli import cli as exit_status
 from reciprocal import Config, VNet, exam, reciprocal_step, segment, stages, supervised_step
@@ -175,14 +175,15 @@ def networks_and_batch(dropout=False):
     return nets, batch | {name: torch.randint(3, (2, 4, 6, 8)) for name in ("y_l", "y_s")}
 
 
-@pytest.mark.parametrize("preset", ["paper", "strong"])
-def test_step_equals_the_formulas_written_out(preset):
+@pytest.mark.parametrize("preset,lesson", [("paper", "pseudo"), ("strong", "both"), ("strong", "mixed")])
+def test_step_equals_the_formulas_written_out(preset, lesson):
     """One summed backward equals two, and autograd.grad equals backward passes with copies, as in the authors' form:
     both networks after one step of momentum SGD with weight decay."""
-    cfg = replace(Config(), **reciprocal.PRESETS[preset])
+    cfg = replace(Config(), **reciprocal.PRESETS[preset] | dict(lesson=lesson))
     (teacher, student), batch = networks_and_batch()
     slow_t, slow_s = copy.deepcopy(teacher), copy.deepcopy(student)
     optimizers = [reciprocal.make_optimizer(cfg, net) for net in (teacher, student)]
+    torch.manual_seed(1)  # of the boxes
     scalars = reciprocal_step([teacher, student], optimizers, batch, cfg)
 
     def loss(logits, label):
@@ -204,12 +205,16 @@ def test_step_equals_the_formulas_written_out(preset):
 
     t_logits_u = slow_t(batch["x_u"])
     pseudo_label = t_logits_u.argmax(1)
-    g_u = gradients(slow_s, loss(slow_s(batch["x_u"]), pseudo_label))
-    lesson = g_u
-    if cfg.lesson == "both":
-        g_s = gradients(slow_s, loss(slow_s(batch["x_s"]), batch["y_s"]))
-        lesson = [u + s for u, s in zip(g_u, g_s, strict=True)]
-    step(slow_s, lesson)
+    x_u, y_u, x_s, y_s = (x.clone() for x in (batch["x_u"], pseudo_label, batch["x_s"], batch["y_s"]))
+    if lesson == "mixed":
+        torch.manual_seed(1)
+        box = random_box(x_u)
+        x_u[box], y_u[box[:, 0]] = batch["x_s"][box], batch["y_s"][box[:, 0]]
+        x_s[box], y_s[box[:, 0]] = batch["x_u"][box], pseudo_label[box[:, 0]]
+    g_u = g_lesson = gradients(slow_s, loss(slow_s(x_u), y_u))
+    if lesson != "pseudo":
+        g_lesson = [u + s for u, s in zip(g_u, gradients(slow_s, loss(slow_s(x_s), y_s)), strict=True)]
+    step(slow_s, g_lesson)
     g_l = gradients(slow_s, loss(slow_s(batch["x_l"]), batch["y_l"]))
     h = cfg.lr * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
     step(slow_t, gradients(slow_t, loss(slow_t(batch["x_l"]), batch["y_l"]),
@@ -530,6 +535,12 @@ def test_the_loop_gives_a_step_its_learning_rates_and_patches(method, folder, tm
         assert not torch.equal(batch["x_l"], batch["x_s"])
         u, exam_case, lesson_case = batch["cases"]
         assert exam_case != lesson_case
+
+
+def test_a_lesson_takes_the_labeled_patches_that_it_needs():
+    sizes = dict(l=4, u=5)
+    for lesson, more in dict(pseudo={}, both=dict(s=4), mixed=dict(s=5)).items():  # mixed: in pairs
+        assert stages(replace(Config(), batch_l=4, batch_u=5, lesson=lesson))[-1].patches == sizes | more
 
 
 def test_resumed_run_equals_a_straight_one(folder, tmp_path, monkeypatch):
