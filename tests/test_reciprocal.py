@@ -286,13 +286,14 @@ def test_step_never_waits_for_the_device(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("step,feedback", [(reciprocal_step, "scalar"), (reciprocal_step, "difference"),
-                                           (reciprocal_step, "off"), (supervised_step, "off")])
-def test_a_graph_computes_what_the_step_does(step, feedback, optimizer, amp, request):
-    """Captured at the fourth call and replayed at five others, on new patches, learning rates and dropout."""
+@pytest.mark.parametrize("step,changes", [
+    (supervised_step, {}), (reciprocal_step, dict(lesson="mixed")),
+    *((reciprocal_step, dict(feedback=feedback)) for feedback in ("scalar", "difference", "off"))])
+def test_a_graph_computes_what_the_step_does(step, changes, optimizer, amp, request):
+    """Captured at the fourth call and replayed at five others, on new patches, learning rates, boxes and dropout."""
     request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     device = devices.settle("cuda", deterministic=True)
-    cfg, runs = replace(Config(), feedback=feedback, optimizer=optimizer), []
+    cfg, runs = replace(Config(), **changes, optimizer=optimizer), []
     for function in (step, devices.graphed(step, device)):
         nets, batch = networks_and_batch(dropout=True)
         nets = [net.to(device, memory_format=torch.channels_last_3d) for net in nets]
