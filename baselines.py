@@ -9,8 +9,8 @@
 A step takes its networks and their optimizers in the order of `COMPARISONS`, updates them in place and returns scalars
 that stay on the device. Its batch has x_l (B_l, C, D, H, W), y_l (B_l, D, H, W), x_u (B_u, C, D, H, W), and where the
 run stands: `iteration` of `iterations`. Settings are those of the left-atrium literature; what it counts in 6000
-iterations is a share of the run here, so that a short run has the whole ramp. The loss, gradients and updates that come
-first serve `reciprocal_step` as well.
+iterations is a share of the run here, so that a short run has the whole ramp. The loss, gradients, updates and boxes
+that come first serve `reciprocal_step` as well.
 """
 
 import itertools
@@ -60,21 +60,24 @@ def restore(optimizer: Optimizer, state: dict) -> None:
 
 
 def random_box(x: Tensor) -> Tensor:
-    """A box somewhere in each patch of x (B, C, D, H, W), two thirds of it in each direction: (B, 1, D, H, W) bool."""
-    box = torch.ones(len(x), 1, *x.shape[2:], dtype=torch.bool, device=x.device)
-    for axis, n in enumerate(x.shape[2:], 2):
-        start = (torch.rand(len(x), 1, device=x.device) * (n - 2 * n // 3 + 1)).floor()
-        place = torch.arange(n, device=x.device) - start  # (B, n)
-        box &= ((place >= 0) & (place < 2 * n // 3)).view(len(x), *(n if a == axis else 1 for a in range(1, 5)))
-    return box
+    """(B, D, H, W) bool, True in a box at a random place of each patch of x (B, C, D, H, W), whose sides are two thirds
+    of the patch's, rounded down."""
+    inside = []
+    for n in x.shape[2:]:
+        side, place = 2 * n // 3, torch.arange(n, device=x.device)
+        start = torch.randint(n - side + 1, (len(x), 1), device=x.device)
+        inside.append((start <= place) & (place < start + side))  # (B, n)
+    d, h, w = inside
+    return d[:, :, None, None] & h[:, None, :, None] & w[:, None, None]
 
 
-def exchange_boxes(x: Tensor, y: Tensor, x2: Tensor, y2: Tensor) -> tuple[Tensor, ...]:
-    """Patches (B, C, D, H, W) with labels (B, D, H, W), and as many others: each pair with the contents of a box
-    exchanged (Bai et al., "Bidirectional copy-paste for semi-supervised medical image segmentation", CVPR 2023)."""
+def exchange_boxes(x: Tensor, y: Tensor, x2: Tensor, y2: Tensor) -> list[Tensor]:
+    """Patches x (B, C, D, H, W) with labels y (B, D, H, W), and x2 with y2, after each pair has exchanged a random
+    box. (Bai et al., "Bidirectional copy-paste for semi-supervised medical image segmentation", CVPR 2023, also
+    halve the weight of pseudo labels, keep their largest component and pre-train on such patches.)"""
     box = random_box(x)
-    return (torch.where(box, x2, x), torch.where(box[:, 0], y2, y),
-            torch.where(box, x, x2), torch.where(box[:, 0], y, y2))
+    images = [torch.where(box[:, None], *pair).to(memory_format=torch.channels_last_3d) for pair in ((x2, x), (x, x2))]
+    return [images[0], torch.where(box, y2, y), images[1], torch.where(box, y, y2)]
 
 
 def supervised_step(nets: list[nn.Module], optimizers: list[Optimizer], batch: dict, cfg) -> dict[str, Tensor]:

@@ -173,7 +173,7 @@ class Graph:
 # In a single process every function is the identity. A rank trains on its share of each batch; gradients are averaged
 # over the ranks before anything is made of them, and the Dice loss adds up the ranks' sums, so that any number of ranks
 # computes what one would. A patch belongs to a sample and not to a rank, so a run may go on with another number of
-# ranks; dropout, and the noise and turns of the comparison methods, are each rank's own. (DistributedDataParallel
+# ranks; dropout, boxes, and the comparison methods' noise and turns are each rank's own. (DistributedDataParallel
 # averages in hooks of `backward`, which `torch.autograd.grad`, and so the feedback, never calls: here the same
 # all-reduce is explicit.)
 

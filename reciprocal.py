@@ -54,13 +54,13 @@ class Config:
     labeled: float = flag(0.2, "labeled training cases to use: a share, or a count if over 1")
     holdout: float = flag(0.2, "share of the labeled cases kept out of training and scored as test cases")
     out: str = flag("", "the run's folder (default: a new one in runs/)")
-    seed: int = flag(1, "seed of the weights, the patches and the dropout")
+    seed: int = flag(1, "seed of the weights, the patches, the boxes and the dropout")
 
     method: str = flag("reciprocal", "how to train", ("reciprocal", *COMPARISONS))
     preset: str = flag("strong", "the paper's loss, lesson and start, or the stronger default", ("paper", "strong"))
     loss: str = flag("dice+ce", "loss of the reciprocal steps", ("ce", "dice", "dice+ce"))
     supervised_loss: str = flag("dice+ce", "loss of `supervised` and of pre-training", ("ce", "dice", "dice+ce"))
-    lesson: str = flag("both", "the student learns from pseudo labels, labels too, a mix", ("pseudo", "both", "mixed"))
+    lesson: str = flag("both", "the student's patches: unlabeled, labeled too, a mix", ("pseudo", "both", "mixed"))
     student_start: str = flag("pretrained", "the student's weights at the start", ("random", "pretrained"))
     feedback: str = flag("scalar", "h: the authors' lr * <g_u, g_l>; the measured fall of the exam loss; two controls, "
                          "the scalar with a random sign, and none", ("scalar", "difference", "shuffled", "off"))
@@ -195,8 +195,9 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
             loss_before = loss(student(batch["x_l"]), batch["y_l"])
 
     # 1. The lesson: pseudo labels; `--lesson both` adds labeled patches, `mixed` exchanges boxes between the two.
-    patches = batch["x_u"], pseudo_label, batch.get("x_s"), batch.get("y_s")
-    x_u, y_u, x_s, y_s = exchange_boxes(*patches) if cfg.lesson == "mixed" else patches
+    x_u, y_u, x_s, y_s = batch["x_u"], pseudo_label, batch.get("x_s"), batch.get("y_s")
+    if cfg.lesson == "mixed":
+        x_u, y_u, x_s, y_s = exchange_boxes(x_u, y_u, x_s, y_s)
     loss_u = loss(student(x_u), y_u)
     lesson = g_u = gradients_of(loss_u, s_weights)
     scalars = dict(loss_u=loss_u)
@@ -211,7 +212,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
         with torch.set_grad_enabled(scalar), exam(student, dropout=scalar):
             loss_exam = loss(student(batch["x_l"]), batch["y_l"])
 
-    # 3. The feedback h. The labeled part of the lesson owes nothing to the pseudo label: the scalar credits g_u alone.
+    # 3. The feedback h, of g_u alone: the labeled part of the lesson owes nothing to pseudo labels (`mixed`: little).
     if cfg.feedback in ("scalar", "shuffled"):
         g_l = gradients_of(loss_exam, s_weights)
         products = [p.as_strided((p.numel(),), (1,)) for p in torch._foreach_mul(g_u, g_l)]  # as they lie in memory
@@ -314,23 +315,22 @@ class Stage:
 def stages(cfg: Config) -> list[Stage]:
     """What a run does. A comparison method takes as many iterations as the reciprocal run of the same Config in all
     (or as `budget` says), so that none is short of training."""
-    kinds, supervised = dict(l=cfg.batch_l, u=cfg.batch_u), dict(l=cfg.batch_l + cfg.batch_u)
+    sizes, supervised = dict(l=cfg.batch_l, u=cfg.batch_u), dict(l=cfg.batch_l + cfg.batch_u)
     if method := COMPARISONS.get(cfg.method):
         *pretrain, main = stages(replace(cfg, method="reciprocal"))
-        more = 1.0
-        if cfg.budget == "patches":  # a step's are x_l and x_u of the teacher, x_u and x_s of the student, x_l its exam
-            more = 2 + main.patches.get("s", 0) / sum(kinds.values())
+        # a step's patches are x_l and x_u of the teacher, x_u and x_s of the student, x_l of its exam
+        more = 2 + main.patches.get("s", 0) / sum(sizes.values()) if cfg.budget == "patches" else 1
         total = sum(stage.iterations for stage in pretrain) + round(more * main.iterations)
-        return [Stage(cfg.method, method.step, method.nets, total, kinds if method.unlabeled else supervised)]
+        return [Stage(cfg.method, method.step, method.nets, total, sizes if method.unlabeled else supervised)]
     needed = dict(teacher=not cfg.teacher_from, student=cfg.student_start == "pretrained" and not cfg.student_from)
     pretrain = [Stage(f"pre-training of the {name}", supervised_step, (name,), cfg.pretrain, supervised)
                 for name in needed if needed[name]]
-    more = dict(pseudo={}, both=dict(s=cfg.batch_l), mixed=dict(s=cfg.batch_u))[cfg.lesson]
-    return [*pretrain, Stage("reciprocal", reciprocal_step, ("teacher", "student"), cfg.iterations, kinds | more)]
+    labeled = dict(pseudo={}, both=dict(s=cfg.batch_l), mixed=dict(s=cfg.batch_u))[cfg.lesson]
+    return [*pretrain, Stage("reciprocal", reciprocal_step, ("teacher", "student"), cfg.iterations, sizes | labeled)]
 
 
 def reseed(*numbers: int) -> None:
-    """Weights and dropout follow from these numbers alone: nothing random has to be saved."""
+    """Weights, boxes and dropout follow from these numbers alone: nothing random has to be saved."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 

@@ -218,7 +218,8 @@ def progress(lines: list[dict]) -> str:
 
 def title(config: dict) -> str:
     preset = f" ({config['preset']})" if config["method"] == "reciprocal" else ""
-    preset += f", feedback {config['feedback']}" * (preset != "" and config["feedback"] != "scalar")
+    other = [key for key in ("lesson", "feedback") if config[key] != data.PRESETS[config["preset"]][key]]
+    preset += "".join(f", {key} {config[key]}" for key in other if preset)
     synthetic = ", synthetic data" * (config["data"] == "phantom")
     return f"{Path(config['data']).name} {config['method']}{preset}, seed {config['seed']}{synthetic}"
 

@@ -116,7 +116,7 @@ def compare(runs: list[Path], reference: str = "", network: str = "student", par
             if run[key] != other[key]:
                 raise BadInput(f"{run['run']}: other {key} than {other['run']}; leave it out, or {remedy}")
         # what sets methods apart is looked for among runs of one method, any other setting among all
-        changes = [f", {k} {v}" for k, v in run["changes"].items() if k == "feedback" or any(
+        changes = [f", {k} {v}" for k, v in run["changes"].items() if k in ("lesson", "feedback") or any(
             other["changes"].get(k) != v for other in read if k not in OWN or other["kind"] == run["kind"])]
         group = methods.setdefault(run["kind"] + "".join(changes), {})
         if (other := group.setdefault(run["seed"], run)) is not run:

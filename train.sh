@@ -39,7 +39,7 @@ from cli import BadInput, cli
 
 def longer():
     flags = vars(reciprocal.train_parser().parse_args(sys.argv[1:]))
-    for name in ("method", "preset", "feedback", "budget", "seed", "out", "resume"):
+    for name in ("method", "preset", "lesson", "feedback", "budget", "seed", "out", "resume"):
         if flags.get(name) is not None:
             raise BadInput(f"--{name} is for this script to set: it makes all the runs of a table, seeds SEEDS='1 2 3'")
     flags.pop("resume")
@@ -64,6 +64,7 @@ PYTHON
             fi
         done <<RUNS
 reciprocal
+reciprocal-mixed --lesson mixed
 reciprocal-off --feedback off
 reciprocal-shuffled --feedback shuffled
 reciprocal-paper --preset paper $longer

@@ -160,6 +160,7 @@ def test_names(run):
     assert names([off, plain]) == ["reciprocal (strong), feedback off", "reciprocal (strong)"]
     assert stats.compare([off, plain])[0]["reference"] == "reciprocal (strong)"
     assert names([off, run(DICE[0], method="mt")]) == ["reciprocal (strong), feedback off", "mt"]
+    assert names([run(DICE[0], lesson="mixed")]) == ["reciprocal (strong), lesson mixed"]
     assert names([plain, run(DICE[0], preset="paper", lr_step=9)]) == ["reciprocal (strong)", "reciprocal (paper)"]
     assert names([plain, run(DICE[0], method="mt", filters=2)]) == ["reciprocal (strong)", "mt, filters 2"]
     paper, loss = run(DICE[0], preset="paper"), run(DICE[0], preset="paper", loss="dice", lr=0.1)

@@ -209,8 +209,8 @@ def test_step_equals_the_formulas_written_out(preset, lesson):
     if lesson == "mixed":
         torch.manual_seed(1)
         box = random_box(x_u)
-        x_u[box], y_u[box[:, 0]] = batch["x_s"][box], batch["y_s"][box[:, 0]]
-        x_s[box], y_s[box[:, 0]] = batch["x_u"][box], pseudo_label[box[:, 0]]
+        x_u[box[:, None]], y_u[box] = batch["x_s"][box[:, None]], batch["y_s"][box]
+        x_s[box[:, None]], y_s[box] = batch["x_u"][box[:, None]], pseudo_label[box]
     g_u = g_lesson = gradients(slow_s, loss(slow_s(x_u), y_u))
     if lesson != "pseudo":
         g_lesson = [u + s for u, s in zip(g_u, gradients(slow_s, loss(slow_s(x_s), y_s)), strict=True)]
@@ -279,7 +279,8 @@ def test_step_never_waits_for_the_device(monkeypatch):
     optimizers = [reciprocal.make_optimizer(Config(), net) for net in nets]
     for name in ("item", "tolist", "cpu", "__bool__", "__float__", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, forbidden)
-    reciprocal_step(nets, optimizers, batch, Config())
+    for lesson in ("both", "mixed"):
+        reciprocal_step(nets, optimizers, batch, replace(Config(), lesson=lesson))
     supervised_step(nets[:1], optimizers[:1], batch, Config())
 
 
@@ -538,10 +539,22 @@ def test_the_loop_gives_a_step_its_learning_rates_and_patches(method, folder, tm
         assert exam_case != lesson_case
 
 
-def test_a_lesson_takes_the_labeled_patches_that_it_needs():
-    sizes = dict(l=4, u=5)
-    for lesson, more in dict(pseudo={}, both=dict(s=4), mixed=dict(s=5)).items():  # mixed: in pairs
-        assert stages(replace(Config(), batch_l=4, batch_u=5, lesson=lesson))[-1].patches == sizes | more
+def test_a_mixed_lesson_pairs_the_patches_and_keeps_their_layout(folder, tmp_path, monkeypatch):
+    """As many labeled patches as unlabeled ones, whatever --batch-l; images in channels_last, the strides of a single
+    channel too; labels of one byte."""
+    seen, exchange = [], reciprocal.exchange_boxes
+
+    def watched(*patches):
+        mixed = exchange(*patches)
+        seen.extend((x.shape, x.stride(), x.dtype) for x in (*patches, *mixed))
+        return mixed
+
+    monkeypatch.setattr(reciprocal, "exchange_boxes", watched)
+    assert cli("--data", folder, "--labeled", 5, "--holdout", 0, "--out", tmp_path / "run", *TINY, "--batch-u", 2,
+               "--lesson", "mixed", "--eval-cases", 0) == 0
+    images, labels = seen[::2], seen[1::2]
+    assert len(images) == 4 * 4 and set(images) == {((2, 1, 16, 16, 16), (4096, 1, 256, 16, 1), torch.float32)}
+    assert set(labels) == {((2, 16, 16, 16), (4096, 256, 16, 1), torch.uint8)}
 
 
 def test_resumed_run_equals_a_straight_one(folder, tmp_path, monkeypatch):
