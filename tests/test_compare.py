@@ -317,13 +317,13 @@ def test_the_script_refuses_in_one_line_before_the_first_run(tmp_path, arguments
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("labeled,folder", [(8, "hippocampus-0.05"), (16, "hippocampus-0.1")])
-def test_the_kept_runs_print_the_table_of_the_readme(monkeypatch, capsys, labeled, folder):
-    runs = sorted((ROOT / "results" / folder).glob("*-seed?"))
-    status, out, error = call(monkeypatch, capsys, *runs)
-    assert status == 0, error
-    readme = (ROOT / "README.md").read_text()
-    for line in out.splitlines():
-        if match := re.match(rf"(\S.*?)  +{labeled} +{160 - labeled} +40 +3 .*?([\d.]+ ± [\d.]+) \[", line):
-            assert any(match[1] in row and match[2] in row for row in readme.splitlines()), line
-    assert out.count(f"  {labeled}  ") == 10
+@pytest.mark.parametrize("folder,text,part", [
+    ("hippocampus-0.05", "results/hippocampus-0.05/compare.md", "test"),
+    ("hippocampus-0.1", "results/hippocampus-0.1/compare.md", "test"), ("hippocampus-0.1-long", "README.md", "test"),
+    *(("la-coarse", "README.md", part) for part in ("test", "transductive")), ("la", "README.md", "transductive")])
+def test_the_kept_runs_have_the_numbers_of_their_table(folder, text, part):
+    rows = [re.sub(r"[*]| \[.*?\]", "", line).split("|") for line in (ROOT / text).read_text().splitlines()]
+    rows = [[cell.strip() for cell in cells] for cells in rows]
+    for row in stats.compare(sorted((ROOT / "results" / folder).glob("*-seed*")), part=part):
+        cells = row["method"], "{:.2f} ± {:.2f}".format(*(100 * row["dice"][key] for key in ("mean", "sd")))
+        assert any(set(cells) <= set(line) for line in rows), cells
