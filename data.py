@@ -336,7 +336,7 @@ def scan_nifti(folder: Path) -> tuple[list, list, list[str], int, list[str], lis
     if spec.get("file_ending", ".nii.gz") not in (".nii", ".nii.gz"):
         raise BadInput(f"{path}: file_ending {spec['file_ending']!a}; convert the volumes to .nii.gz")
     names = [str(classes[i]) for i in sorted(classes)]
-    usable = 2 <= len(names) <= 256 and "ignore" not in names and "".join(names).isprintable()
+    usable = 2 <= len({*names}) == len(names) <= 256 and "ignore" not in names and "".join(names).isprintable()
     if sorted(classes) != list(range(len(names))) or not usable:
         raise BadInput(f"{path}: labels must be 0 (background), 1, 2, ... without a gap, printable, and none 'ignore'")
     for part in ("Tr", "Ts"):
@@ -395,7 +395,7 @@ def load(data: str, root: str, labeled: float, holdout: float, normalize: str,
     smaller one, and the held-out cases stay.
     """
     if data == "phantom":
-        cases = phantom(28)
+        cases = phantom(28, normalize, window)
         found = Dataset(cases[:20], [], cases[20:], ["background", "organ"], 1)
     else:
         folder = Path(root or f"data/{data}") if data in SOURCES else Path(data)
@@ -431,9 +431,9 @@ def check(folder: str | Path) -> tuple[list[str], str]:
                             f"spacings {spans[1]} mm{differ}")
 
 
-def phantom(n: int) -> list[Case]:
-    """n synthetic labeled scans, always the same, z-scored."""
-    return [make_case(name, image[None], label, (1.0, 1.0, 1.0), np.eye(4), "zscore", None, name)
+def phantom(n: int, normalize: str = "zscore", window=None) -> list[Case]:
+    """n synthetic labeled scans, always the same."""
+    return [make_case(name, image[None], label, (1.0, 1.0, 1.0), np.eye(4), normalize, window, name)
             for name, image, label in map(scan, range(n))]
 
 

@@ -112,11 +112,11 @@ class Config:
                if not getattr(self, name) >= int(name in positive)]  # so written, NaN is too low
         if low:
             raise BadInput(f"--{low[0].replace('_', '-')} {getattr(self, low[0])}: too low")
-        side = 2**self.depth
+        side, lone = 2**self.depth, min(self.batch_l, self.batch_u) == devices.WORLD and self.method != "supervised"
         least = max(side, COMPARISONS.get(self.method, COMPARISONS["supervised"]).patch)
-        if any(p % side or p < least for p in self.patch):
+        if any(p % side or p < least for p in self.patch) or lone and max(self.patch) == side:
             raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
-                           f"2 ** depth, and at least {least}; choose such sides or a smaller --depth")
+                           f"2 ** depth, and at least {least}, one larger in a batch of 1; or choose a smaller --depth")
         if any(n % devices.WORLD for n in (self.batch_l, self.batch_u)):
             raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: not a multiple of the "
                            f"{devices.WORLD} ranks")
@@ -381,8 +381,8 @@ def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
     if cfg.schedule == "poly":
         return cfg.lr * (1 - iteration / iterations) ** 0.9
     # a comparison method's only stage spans the whole run: its steps are longer in proportion
-    longer = iterations / max(cfg.iterations, 1) if cfg.method in COMPARISONS else 1
-    return cfg.lr * 0.1 ** (iteration // (cfg.lr_step * longer))
+    own = cfg.iterations if cfg.method in COMPARISONS and cfg.iterations else iterations
+    return cfg.lr * 0.1 ** (iteration * own // (iterations * cfg.lr_step))
 
 
 def make_optimizer(cfg: Config, net: nn.Module) -> Optimizer:

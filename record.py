@@ -177,7 +177,7 @@ def rewind_log(path: Path, stages: list[str], saved: dict | None) -> None:
     """Drop what was logged after the checkpoint `saved`: it will be done, and logged, again."""
     reached = (saved["stage"], saved["iteration"]) if saved else (0, 0)
     kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
             entry = json.loads(line)
             if line.endswith("\n") and (stages.index(entry["stage"]), entry["iteration"]) <= reached:
@@ -229,7 +229,7 @@ def lower_bounds(summary: dict, run: Path) -> list[dict]:
     same, rows = ("cases", "iterations"), []
     scoring = ("data", "seed", "spacing", "stride", "patch", "voxel", "largest_component")
     for path in sorted(run.parent.glob("*/summary.json")) if summary["config"]["method"] != "supervised" else ():
-        with contextlib.suppress(OSError, ValueError, KeyError):  # not a summary of this version
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not a summary of this version
             other = json.loads(path.read_text())
             theirs = stats.BEFORE | other["config"]
             alike = [other[name] == summary[name] for name in same]

@@ -216,10 +216,12 @@ def norm_relu(
     the statistics.
 
     On a GPU, for channels_last_3d: three kernels forward and three backward, differentiable once, no synchronization,
-    the same bits each time, fit for a CUDA graph. Everything else takes the reference, gradients in evaluation too.
+    the same bits each time, fit for a CUDA graph. Everything else takes the reference, gradients in evaluation and
+    (C,) with a stride too.
     """
     several = x.numel() > x.shape[1]  # values in a channel; of one PyTorch says that it has no variance
-    kernels = triton and (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and several
+    dense = all(v is None or v.is_contiguous() for v in (offset, weight, bias, running_mean, running_var))
+    kernels = triton and (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and several and dense
     kernels = kernels and (training or not torch.is_grad_enabled())
     if kernels and x.is_contiguous(memory_format=torch.channels_last_3d):
         return _NormReLU.apply(x, offset, weight, bias, running_mean, running_var, training, momentum, eps)

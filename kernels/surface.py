@@ -265,7 +265,7 @@ def _finish(tallies, parts, ends, scores, T, PROGRAMS: tl.constexpr, BITS: tl.co
 
 def surface_scores(prediction: Tensor, label: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
     """Overlap counts and surface distances of K pairs of masks of one volume, without a synchronization (but one when
-    a spacing is new: not the first time, then, in the capture of a CUDA graph).
+    a spacing is new: not the first time, then, in the capture of a CUDA graph, which serves until 8 others have come).
 
     Args:
         prediction, label: (K, D, H, W), or (D, H, W) for K = 1, bool or uint8, foreground wherever not 0;
