@@ -109,7 +109,7 @@ def test_noise_is_clamped_and_has_its_deviation():
 def test_step_of_the_mean_teacher_written_out(monkeypatch):
     """Supervised loss on the labeled half and 0.1 ramp times the mean square on the other, one SGD step."""
     monkeypatch.setattr(baselines, "noisy", lambda x: x + 0.05)
-    nets, optimizers, batch, cfg = players("mt", iteration=60)
+    nets, optimizers, batch, cfg = players("mt", iteration=60, loss="ce")
     student, teacher = copy.deepcopy(nets)
     scalars = COMPARISONS["mt"].step(nets, optimizers, batch, cfg)
     logits = student(torch.cat([batch["x_l"], batch["x_u"]]))
@@ -122,6 +122,23 @@ def test_step_of_the_mean_teacher_written_out(monkeypatch):
     assert scalars["loss_u"].item() == pytest.approx(loss_u.item(), rel=1e-4)
     for p, q in zip(nets[0].parameters(), student.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_supervised_step_has_the_supervised_loss():
+    nets, optimizers, batch, cfg = players("supervised", loss="ce")
+    expected = kernels.dice.reference(copy.deepcopy(nets[0])(batch["x_l"]), batch["y_l"])
+    found = COMPARISONS["supervised"].step(nets, optimizers, batch, cfg)
+    torch.testing.assert_close(found["loss_l"], expected.detach())
+
+
+@pytest.mark.parametrize("method", ["uamt", "tcsm"])
+def test_noise_of_the_others(method):
+    nets, optimizers, batch, cfg = players(method)
+    seen = []
+    nets[1].register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten().sort()[0]))
+    COMPARISONS[method].step(nets, optimizers, batch, cfg)
+    clean = (batch["x_u"] if method == "uamt" else torch.cat([batch["x_l"], batch["x_u"]])).flatten().sort()[0]
+    assert len({tuple(x.tolist()) for x in [clean, *seen]}) == 1 + len(seen) == dict(uamt=10, tcsm=2)[method]
 
 
 def test_mean_teacher_sees_noise_and_the_student_does_not():
@@ -165,6 +182,10 @@ def test_nobody_certain_is_no_loss(monkeypatch):
     loss = consistency_of(baselines.uamt_step, monkeypatch, batch, torch.rand(2, 3, 1, 1, 2), None,
                           Answers(torch.zeros(1, 3, 1, 1, 2)))
     assert loss == 0
+    p = torch.tensor([0.75, 0.2, 0.05])  # its entropy is 0.69: of three classes that is certain
+    loss = consistency_of(baselines.uamt_step, monkeypatch, batch, torch.full((2, 3, 1, 1, 2), 1 / 3), None,
+                          Answers(p.log().view(1, 3, 1, 1, 1).expand(1, 3, 1, 1, 2)))
+    assert loss.item() == pytest.approx(((p - 1 / 3) ** 2).mean().item(), rel=1e-4)
 
 
 def test_uamt_has_dropout_whatever_the_config_says():
@@ -209,6 +230,11 @@ def test_transformation_consistency_vanishes_where_the_network_commutes_and_has_
     assert consistency_of(baselines.tcsm_step, monkeypatch, {}, net(x).softmax(1), x, net).item() < 1e-12
     conv = nn.Conv3d(1, 3, 3, padding=1)  # does not commute
     loss = consistency_of(baselines.tcsm_step, monkeypatch, {}, conv(x).softmax(1), x, conv)
+    monkeypatch.setattr(baselines, "random_transform", lambda shape: lambda x: x.flip(3))
+    target = conv(x.flip(3)).softmax(1)
+    expected = ((conv(x).softmax(1).flip(3) - target) ** 2).mean().item()
+    found = consistency_of(baselines.tcsm_step, monkeypatch, {}, conv(x).softmax(1), x, conv)
+    assert found.item() == pytest.approx(expected)
     loss.backward()
     assert loss > 1e-4 and conv.weight.grad.abs().max() > 0
 
@@ -276,6 +302,24 @@ def test_discriminator_learns_which_patches_have_labels(monkeypatch):
     assert targets == [[1, 1], [1, 1, 0, 0]] and modes == [False, True]
 
 
+def test_step_of_sassnet_written_out():
+    nets, optimizers, batch, cfg = players("sassnet", iteration=60, lr=1.0)
+    student, discriminator = copy.deepcopy(nets)
+    scalars = COMPARISONS["sassnet"].step(nets, optimizers, batch, cfg)
+    outputs = student(torch.cat([batch["x_l"], batch["x_u"]]))
+    logits, maps = outputs[:, :3], outputs[:, 3:].tanh()
+    loss_map = ((maps[:2] - baselines.signed_distance(batch["y_l"], 2)) ** 2).mean()
+    loss_u = -discriminator.eval()(maps[2:], batch["x_u"]).log_softmax(1)[:, 1].mean()
+    loss = kernels.dice.reference(logits[:2], batch["y_l"], dice=1.0, ce=0.0) + 0.3 * loss_map
+    (loss + 0.01 * math.exp(-5 * (1 - 24 / 40) ** 2) * loss_u).backward()
+    reciprocal.make_optimizer(cfg, student).step()
+    torch.testing.assert_close(nets[0].state_dict(), student.state_dict(), rtol=1e-4, atol=1e-6)
+    assert scalars["loss_u"].item() == pytest.approx(loss_u.item(), rel=1e-4)
+    image = batch["x_u"].clone()
+    with torch.no_grad():
+        assert not torch.equal(discriminator(maps[2:], image), discriminator(maps[2:], image + 1))
+
+
 def test_adversary_reaches_the_student_through_the_maps():
     changed = []
     for iteration in (0, 99):  # the ramp at its ends
@@ -290,6 +334,8 @@ def test_discriminator_is_that_of_the_paper():
     net = baselines.Discriminator(1, 1, filters=16)
     widths = [m.out_channels for m in net.modules() if isinstance(m, nn.Conv3d)]
     assert widths == [64, 64, 128, 256, 512] and net(torch.randn(2, 1, 32, 32, 16), torch.randn(2, 1, 32, 32, 16)).shape
+    assert [m.negative_slope for m in net.modules() if isinstance(m, nn.LeakyReLU)] == [0.2] * 4
+    assert [m.p for m in net.modules() if isinstance(m, nn.Dropout3d)] == [0.5] * 3
     (group,) = net.optimizer().param_groups
     assert group["lr"] == 1e-4 and group["betas"] == (0.9, 0.99)
 

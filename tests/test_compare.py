@@ -170,6 +170,10 @@ def test_names(run):
     assert names(supervised) == ["supervised, iterations 800", "supervised, iterations 1000"]
     assert stats.compare(supervised)[1]["reference"] == "supervised, iterations 800"
     bound = run(DICE[0], method="supervised", iterations=800, trained=["l1"], labeled=1.0)
+    for key, value in dict(lr=0.1, augment="flip", normalize="window", noise=0.1, amp="bf16", voxel=(1.0, 1.0, 1.0),
+                           patch=(32, 32, 32), supervised_loss="ce", stride=(8, 8, 8), batch_l=9).items():
+        for method in ("reciprocal", "supervised"):
+            assert len(names([run(DICE[0], method=method), run(DICE[0], method=method, seed=2, **{key: value})])) == 2
     assert names([supervised[0], bound]) == ["supervised, labeled 0.05", "supervised, labeled 1.0"]
 
 
@@ -284,7 +288,7 @@ def bad_inputs(run, tmp_path):
     less, other = run(DICE[0, :7], cases="abcdefg", seed=7), run(DICE[0], cases="abcdefgi", seed=8)
     for different in (less, other, run(DICE[0], test=["z"], seed=9), run(DICE[0], classes=("y",), seed=10)):
         yield f"{different}: other scored cases or classes than {good}; leave it out", [good, different]
-    trained = run(DICE[0], trained=["l3"], method="supervised")
+    trained = run(DICE[0], trained=["l1", "l3"], method="supervised")
     yield f"{trained}: other training cases at the same --labeled than {good}", [good, trained]
     yield "other spacing than", [good, run(DICE[0], spacing="mm", seed=11)]
     yield "other data than", [good, run(DICE[0], data="la", seed=12)]

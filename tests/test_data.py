@@ -103,6 +103,8 @@ FEW = np.random.default_rng(0).standard_normal(200)
     (np.random.default_rng(0).integers(-2000, 3000, (1, 20, 20, 20)).astype(np.int16), torch.int16),
     (np.array([-32768, 32767, 0, -1], ">i2").reshape(1, 1, 2, 2), torch.uint8),
     (np.array([0, 65535, 40000, 2], np.uint16).reshape(1, 1, 2, 2), torch.uint8),
+    (np.arange(256, dtype=np.int16).reshape(1, 1, 1, 256), torch.uint8),
+    (np.arange(257, dtype=np.int16).reshape(1, 1, 1, 257), torch.int16),
     (np.random.default_rng(0).integers(-(2**20), 2**20, (1, 9, 9, 9)).astype(np.int32), torch.int16),
     (np.random.default_rng(0).choice(FEW, (1, 9, 9, 9)), torch.uint8),
     (np.random.default_rng(0).standard_normal((2, 30, 30, 30)), torch.float32),
@@ -191,6 +193,10 @@ def test_a_draw_depends_on_its_counters_alone():
     torch.rand(3)
     assert not torch.equal(at(6), seventh) and torch.equal(at(7), seventh)
     assert not torch.equal(at(7, stream=1), seventh) and not torch.equal(at(7, seed=2), seventh)
+    uses = [dict(seed=seed, stream=stream, iteration=0) for seed in (1, 2) for stream in (0, 1)]
+    assert len({tuple(data.chosen([*range(9)], 9, **use)) for use in uses}) == 4
+    del cases[1:]  # no choice: crops and turns alone
+    assert len({at(7, seed=use["seed"], stream=use["stream"]).sum().item() for use in uses}) == 4
 
 
 def test_an_epoch_holds_each_case_once():
@@ -213,6 +219,9 @@ def test_noise_is_clipped_and_unlabeled_draws_have_no_label():
     plain, label = draw([case], 1, (20, 20, 20), seed=0, stream=0, iteration=0, augment="none")
     noisy, _ = draw([case], 1, (20, 20, 20), seed=0, stream=0, iteration=0, augment="none", noise=0.5)
     grain = (noisy - plain) / 0.5
+    case = case_of(scan(0, (2, 8, 8, 8)))
+    every = draw([case], 2, (8, 8, 8), seed=0, stream=0, iteration=0, augment="none", noise=0.5)[0] - case.volume()
+    assert torch.corrcoef(every.view(4, -1)).fill_diagonal_(0).abs().max() < 0.2  # each patch and channel its own
     assert label is None and abs(grain).max() <= 2 + 1e-4 and 0.8 < grain.std() < 1 and abs(grain.mean()) < 0.05
 
 
@@ -327,12 +336,15 @@ def test_voxels_labels_and_geometry_arrive(tmp_path):
     np.testing.assert_array_equal(case.label, mask(3))
     assert case.spacing == (1.0, 2.0, 3.0)
     np.testing.assert_array_equal(case.affine, np.diag([1, 2, 3, 1]))
+    spec(tmp_path, labels={"tumor": 2, "background": 0, "organ": 1})
+    assert get(tmp_path).classes == ["background", "organ", "tumor"]
 
 
 def test_h5_keeps_the_list_order_and_is_normalized_again_only_where_asked_to(tmp_path):
     found = get(atrium(tmp_path), labeled=2)
     assert names(found.labeled) == ["ID6", "ID5"] and names(found.unlabeled) == ["ID4", "ID3", "ID2"]
     np.testing.assert_array_equal(found.labeled[0].volume()[0], scan(0).astype(np.float32) / 50 + 0.25)
+    np.testing.assert_array_equal(found.labeled[0].label, mask(0))
     assert [case.label is None for case in found.unlabeled] == [False, False, True]  # transductive, then bare
     assert found.labeled[0].spacing == (0.625, 0.625, 0.625) and (found.labeled[0].affine == np.eye(4)).all()
     again = get(tmp_path, labeled=2, normalize="zscore-crop").labeled[0].volume()[0]
@@ -349,6 +361,9 @@ def test_labeled_sets_are_nested_and_the_holdout_stays(tmp_path):
         assert held in (None, test) and len(test) == 2 + 2
         assert len(few | set(names(found.unlabeled)) | set(test)) == 15 == len(few) + len(found.unlabeled) + len(test)
         smaller, held = few, test
+    assert names(get(tmp_path, 3).labeled) == ["case7", "case4", "case1"]
+    found = get(tmp_path, 0.5, holdout=0.45)  # halves are rounded up
+    assert (len(found.labeled), len(found.test)) == (3, 2 + 5)
 
 
 def test_macos_litter_is_ignored_and_plain_nii_is_read(tmp_path):
@@ -377,7 +392,11 @@ def test_phantom_is_always_the_same_and_worth_training_on():
     one, two = phantom(2), phantom(3)
     assert all(torch.equal(a.image, b.image) and torch.equal(a.label, b.label) for a, b in zip(one, two, strict=False))
     assert all(0.01 < (case.label > 0).float().mean() < 0.2 for case in two)
+    assert [int(case.label.sum()) for case in two] == pytest.approx([1566, 2854, 1740], rel=0.02)
+    bright = [case.volume()[0][case.label > 0].mean().item() for case in two]
+    assert bright == pytest.approx([1.461, 1.771, 0.975], rel=0.02)
     found = load("phantom", "", 0.2, 0.0, "zscore", (0, 1))
+    assert len({*names(found.labeled + found.unlabeled + found.test)}) == 28
     assert (len(found.labeled), len(found.unlabeled), len(found.test)) == (4, 16, 8)
 
 
@@ -395,6 +414,23 @@ def test_every_recipe_is_a_config():
     for recipe in data.RECIPES.values():
         assert Config(**recipe).check() and recipe.keys() >= data.RECIPES["la"].keys()
     assert data.SOURCES.keys() == data.RECIPES.keys() - {"phantom", "folder"}
+
+
+def test_recipes_are_those_of_the_kept_runs_and_of_the_literature():
+    for run in "hippocampus-0.05/reciprocal-mixed-seed1", "la-coarse/mt-seed1337":
+        kept = json.loads((Path(__file__).parents[1] / "results" / run / "summary.json").read_text())["config"]
+        recipe = json.loads(json.dumps(data.RECIPES[kept["data"]]))
+        assert {key: kept[key] for key in recipe} == recipe
+
+    def beyond(name, other):
+        return {key: value for key, value in data.RECIPES[name].items() if value != data.RECIPES[other][key]}
+
+    assert beyond("pancreas", "la") == dict(
+        patch=(96, 96, 96), stride=(16, 16, 16), batch_l=4, batch_u=5, dropout=False, optimizer="adam", lr=1e-3,
+        iterations=20000, pretrain=4000, seed=1124, augment="none", noise=0.05, normalize="window", voxel=(1, 1, 1))
+    assert beyond("la", "la-coarse") == dict(
+        patch=(112, 112, 80), stride=(18, 18, 4), depth=4, dropout=True, schedule="step", iterations=6000,
+        pretrain=6000, voxel=(0, 0, 0), normalize="zscore", holdout=0)
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------
@@ -456,6 +492,7 @@ IMAGE = {
 LABEL = {
     "shape": voxels(lambda a: a[1:], np.uint8),
     "affine": lambda path: save(path, mask(0), np.eye(4)),
+    "origin": lambda path: save(path, mask(0), np.diag([1.0, 2.0, 3.0, 1.0]) + 9 * np.eye(4, k=3)),
     "fractional": voxels(put(0.5)),
     "undeclared": voxels(put(2)),
     "negative": voxels(put(-1)),

@@ -5,6 +5,7 @@ import itertools
 import runpy
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,11 +177,31 @@ def test_labels_of_one_kind(form, background, device):
     options = {"form": form, "background": background}
     check(logits, torch.zeros_like(label), **options)
     label[0] = 1
+    check(logits, label, **options, ignore=0)
     _, grad = check(logits, label, **options, ignore=1)
     assert not grad[0].any() and grad[1].any()
     for function in (dice_ce, reference):
         loss = function(logits, torch.ones_like(label), **options, ignore=1)
         assert loss == 0 and not torch.autograd.grad(loss, logits)[0].any()
+
+
+@pytest.mark.parametrize("form, background", FORMS)
+def test_more_columns_than_a_block(form, background, device, monkeypatch):
+    launch = dice.launch
+    monkeypatch.setattr(dice, "launch", lambda *how: (launch(*how)[0], launch(*how)[1] | {"BLOCK": 2}))
+    check(*draw((2, 3, 17, 241, 1), device), form=form, background=background)  # the last voxel is a block's only one
+
+
+@pytest.mark.skipif(not dice.INTERPRETED, reason="4 GB, of which the interpreter touches a few pages")
+def test_strides_beyond_32_bits():
+    logits, label = draw((3, 2, 1, 1, 7), "cpu")
+    far = torch.from_numpy(np.zeros(2**31 + 7, np.uint8)).as_strided((3, 1, 1, 7), (2**30, 7, 7, 1))
+    check(logits, far.copy_(label))
+
+
+def test_the_reference_sums_half_precision_in_float32(device):
+    z, y = draw((2, 3, 4, 5, 6), device, torch.bfloat16)
+    assert torch.equal(reference(z, y), reference(z.float(), y))
 
 
 def test_far_logits(device):

@@ -467,6 +467,17 @@ def test_loss_that_is_not_finite_names_the_cases(folder, tmp_path, monkeypatch, 
     assert all(math.isfinite(line["loss_l"]) for line in log(run))
 
 
+def test_what_is_not_finite_is_neither_saved_nor_overlooked(tmp_path):
+    net, dataset = torch.nn.Linear(1, 1), data.Dataset([], [], [], [], 1)
+    torch.nn.init.constant_(net.bias, math.inf)
+    with pytest.raises(BadInput, match="no longer finite"):
+        record.save(tmp_path / "a.pt", {}, dataset, dict(student=net))
+    lines = [dict(stage="mt", iteration=i, cases=["ab"[i]], loss=torch.tensor([math.nan, 1.0][i])) for i in range(2)]
+    with pytest.raises(BadInput, match="iteration 0: loss is not finite, in patches of a;"):
+        record.read_scalars(lines)
+    assert not list(tmp_path.iterdir())
+
+
 def test_case_that_turns_bad_while_others_are_predicted(folder, straight, tmp_path, monkeypatch, capsys):
     run, images, masks = straight(), tmp_path / "scans", tmp_path / "masks"
     capsys.readouterr()

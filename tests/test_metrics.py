@@ -272,6 +272,10 @@ def test_evaluate(folders, capsys):
     in_mm = metrics.evaluate(masks, labels, "mm")
     expected = metrics.asd(np.roll(label, 1, 0) == 1, label == 1, (0.5, 2, 3))
     assert in_mm[2]["asd"] == expected != rows[2]["asd"]
+    more = label.copy()
+    more[0, 0, 0] = 1
+    save(masks / "c_0001.nii.gz", more)
+    assert metrics.evaluate(masks, labels)[2]["asd"] == metrics.asd(more == 1, label == 1) > 0  # 0 the other way
 
 
 @pytest.mark.parametrize(("unit", "size"), [("voxels", (20, 12, 10)), ("mm", (10, 24, 30))])

@@ -19,6 +19,7 @@ from kernels.norm import norm_relu, reference
 
 triton = pytest.importorskip("triton")
 SHAPES = [(2, 16, 4, 5, 6), (1, 3, 7, 3, 5), (3, 1, 2, 2, 3), (2, 40, 3, 1, 1), (1, 256, 1, 2, 2), (2, 2, 16, 16, 11)]
+SETTINGS = 0.3, 0.05  # momentum and e
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -28,7 +29,7 @@ def small_tiles(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(norm, "TILE", 256)
         monkeypatch.setattr(norm, "SUMMED", 128)
-        monkeypatch.setattr(norm, "PARTS", 3)
+        monkeypatch.setattr(norm, "PARTS", 20)
 
 
 def draw(shape, device, dtype=torch.float32, seed=0):
@@ -45,7 +46,8 @@ def run(function, x, dy, channel, training=True, track=True):
     """y; the gradients of x, offset, weight and bias; the running statistics after it."""
     x, *weights = (value.clone().requires_grad_(training) for value in (x, *channel[:3]))
     running = [value.clone() for value in channel[3:]] if track else [None, None]
-    y = function(x, *weights, *running, training)
+    with torch.set_grad_enabled(training):
+        y = function(x, *weights, *running, training, *SETTINGS)
     grads = torch.autograd.grad(y, (x, *weights), dy) if training else ()
     return [y, *grads, *(value for value in running if track)]
 
@@ -53,7 +55,8 @@ def run(function, x, dy, channel, training=True, track=True):
 def check(shape, device, dtype=torch.float32, training=True, track=True):
     x, dy, channel = draw(shape, device, dtype)
     offset, *wide = (value.double() for value in channel)
-    z = F.batch_norm(x.double() + offset.view(-1, 1, 1, 1), *(value.clone() for value in wide[2:]), *wide[:2], training)
+    shifted, running = x.double() + offset.view(-1, 1, 1, 1), [value.clone() for value in wide[2:]]
+    z = F.batch_norm(shifted, *running, *wide[:2], training, *SETTINGS)
     dy[z.abs() < 1e-3] = 0  # at the ReLU's bend rounding decides
     found = run(norm_relu, x, dy, channel, training, track)
     expected = run(reference, x.double(), dy.double(), [offset, *wide], training, track)
@@ -93,6 +96,15 @@ def test_a_mean_far_larger_than_the_deviation(device):
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=2e-3)  # x itself is rounded to 6e-5
 
 
+def test_a_variance_that_rounding_made_negative_is_none(device):
+    def numbers(*values):
+        return torch.tensor(values, device=device)
+
+    mean, inverse, x, sums = numbers(0.0), numbers(0.0), numbers(0.0), numbers(4.0, 3.9999)
+    norm._statistics[1,](x, sums, mean, inverse, x, None, None, 0.1, 1e-5, 1, 4, 1, TRACK=False, ROWS=1, WIDTH=1)
+    assert inverse.item() == pytest.approx(1e-5**-0.5)
+
+
 def test_the_bias_of_a_convolution_has_no_gradient(device):
     assert not run(norm_relu, *draw(SHAPES[0], device))[2].any()
 
@@ -121,6 +133,13 @@ def test_layouts_and_types_without_a_kernel_take_the_reference(device):
         for one, expected in zip(*(run(f, other, dy.to(other.dtype), weights) for f in (norm_relu, reference)),
                                  strict=True):
             assert torch.equal(one, expected)
+
+
+def test_parameters_may_have_a_stride(device):
+    x, _, channel = draw(SHAPES[0], device)
+    strided = [torch.stack([value, value + 1], 1)[:, 0] for value in channel]
+    torch.testing.assert_close(norm_relu(x, *strided, True), norm_relu(x, *channel, True))
+    torch.testing.assert_close(strided[3:], channel[3:])
 
 
 def test_reference_is_the_three_modules():

@@ -20,12 +20,13 @@ from torch import nn
 import data
 import devices
 import kernels.dice
+import metrics
 import reciprocal
 import record
 from baselines import COMPARISONS, descend, random_box
 from cli import BadInput
 from cli import cli as exit_status
-from reciprocal import Config, VNet, exam, reciprocal_step, segment, stages, supervised_step
+from reciprocal import NETWORKS, Config, VNet, exam, reciprocal_step, segment, stages, supervised_step
 
 TINY = shlex.split("--patch 16 16 16 --stride 8 8 8 --filters 2 --depth 2 --batch-l 1 --batch-u 1 --iterations 4 "
                    "--pretrain 2 --log-every 1 --eval-every 2 --eval-cases 1 --save-every 2 --device cpu")
@@ -49,10 +50,21 @@ def test_vnet_has_the_parameters_of_the_literature():
     assert sum(p.numel() for p in VNet(1, 2).parameters()) == 9_448_866
 
 
-@pytest.mark.parametrize("channels,classes,depth,patch",
-                         [(1, 2, 4, (16, 16, 32)), (3, 5, 3, (8, 16, 24)), (2, 3, 0, (5, 6, 7))])
+def test_vnet_adds_its_skips_and_drops_out_in_two_places():
+    net, x, dropped = VNet(1, 2, filters=2, depth=1, dropout=True), torch.randn(1, 1, 4, 4, 4), []
+    net.dropout.register_forward_hook(lambda module, i, o: dropped.append((module.p, i[0].shape[1])))
+    fine = net.eval().encoder[0](x)
+    below = net.up[0](net.encoder[1](net.down[0](fine)))
+    torch.testing.assert_close(net(x), net.head(net.decoder[0](below + fine)))
+    assert dropped == [(0.5, 4), (0.5, 2)] and (fine >= 0).all() and fine.max() > 0
+    assert {m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm3d)} == {0.1}
+
+
+@pytest.mark.parametrize("channels, classes, depth, patch", [
+    (1, 2, 4, (16, 16, 32)), (1, 2, 5, (32, 32, 32)), (3, 5, 3, (8, 16, 24)), (2, 3, 0, (5, 6, 7))])
 def test_vnet_takes_any_channels_classes_and_depth(channels, classes, depth, patch):
     net = VNet(channels, classes, filters=2, depth=depth, dropout=True)
+    assert depth < 3 or {len(block) for block in net.encoder[3:]} == {3}
     assert net(torch.randn(2, channels, *patch)).shape == (2, classes, *patch)
 
 
@@ -179,7 +191,7 @@ def networks_and_batch(dropout=False):
 def test_step_equals_the_formulas_written_out(preset, lesson):
     """One summed backward equals two, and autograd.grad equals backward passes with copies, as in the authors' form:
     both networks after one step of momentum SGD with weight decay."""
-    cfg = replace(Config(), **reciprocal.PRESETS[preset] | dict(lesson=lesson))
+    cfg = replace(Config(), **reciprocal.PRESETS[preset] | dict(lesson=lesson), lr=1.0)
     (teacher, student), batch = networks_and_batch()
     slow_t, slow_s = copy.deepcopy(teacher), copy.deepcopy(student)
     optimizers = [reciprocal.make_optimizer(cfg, net) for net in (teacher, student)]
@@ -215,14 +227,14 @@ def test_step_equals_the_formulas_written_out(preset, lesson):
     if lesson != "pseudo":
         g_lesson = [u + s for u, s in zip(g_u, gradients(slow_s, loss(slow_s(x_s), y_s)), strict=True)]
     step(slow_s, g_lesson)
-    g_l = gradients(slow_s, loss(slow_s(batch["x_l"]), batch["y_l"]))
+    with exam(slow_s):
+        g_l = gradients(slow_s, loss(slow_s(batch["x_l"]), batch["y_l"]))
     h = cfg.lr * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
     step(slow_t, gradients(slow_t, loss(slow_t(batch["x_l"]), batch["y_l"]),
                            h.detach() * F.cross_entropy(t_logits_u, pseudo_label)))
     torch.testing.assert_close(scalars["feedback"], h, rtol=1e-4, atol=1e-9)
     for fast, slow in ((teacher, slow_t), (student, slow_s)):
-        for p, q in zip(fast.parameters(), slow.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(fast.state_dict(), slow.state_dict(), rtol=1e-3, atol=1e-5)
 
 
 def test_feedback_reaches_the_teacher_and_off_does_not():
@@ -267,6 +279,14 @@ def test_measured_feedback_is_free_of_dropout():
     optimizers = [reciprocal.make_optimizer(cfg, net) for net in nets]
     assert reciprocal_step(nets, optimizers, batch, cfg)["feedback"] == 0
     assert all(module.training for net in nets for module in net.modules())
+
+
+def test_scalar_exam_has_dropout():
+    nets, batch = networks_and_batch(dropout=True)
+    modes = []
+    nets[1].dropout.register_forward_hook(lambda module, *_: modes.append(module.training))
+    reciprocal_step(nets, [reciprocal.make_optimizer(Config(), net) for net in nets], batch, Config())
+    assert modes == [True] * 6  # in two places each: lesson, labeled lesson, exam
 
 
 def test_step_never_waits_for_the_device(monkeypatch):
@@ -322,12 +342,17 @@ def test_an_optimizer_from_a_checkpoint_computes_as_its_device_does(optimizer):
     restored = reciprocal.make_optimizer(cfg, net)
     reciprocal.restore(restored, saved)
     assert restored.param_groups[0]["lr"] == 0.5 and not restored.param_groups[0]["fused"]
+    own = reciprocal.make_optimizer(cfg, net).defaults
+    assert (own.get("momentum"), own["weight_decay"]) == ((0.9, 1e-4) if optimizer == "sgd" else (None, 0))
 
 
 def test_lower_bound_takes_as_many_iterations_as_the_whole_reciprocal_run():
     for preset, total in (("paper", 70), ("strong", 110)):
         cfg = replace(Config(), **reciprocal.PRESETS[preset], iterations=30, pretrain=40)
         assert sum(stage.iterations for stage in stages(cfg)) == total
+        *pretrain, main = stages(replace(cfg, batch_l=1, batch_u=3))
+        assert all(stage.patches == dict(l=4) for stage in pretrain)
+        assert main.patches == dict(l=1, u=3) | (dict(s=1) if preset == "strong" else {})
         (stage,) = stages(replace(cfg, method="supervised"))
         assert stage.iterations == total
 
@@ -411,10 +436,13 @@ def test_what_did_not_fit_is_gone_before_the_host_sums(monkeypatch):
 def test_largest_component_keeps_one_part_a_class(monkeypatch):
     label = torch.zeros(1, 12, 6, 6)
     label[0, 0:2, 0:2], label[0, 4:8, 2:5], label[0, 10:12] = 1, 1, 2
-    probs = F.one_hot(label[0].long(), 3).movedim(-1, 0).float()
-    monkeypatch.setattr(reciprocal, "segment", lambda *_: probs)
+    label[0, 8, 5] = 1  # touches the kept part by an edge: another part
+    probs, asked = F.one_hot(label[0].long(), 3).movedim(-1, 0).float(), []
+    monkeypatch.setattr(reciprocal, "segment", lambda *given: asked.append(given) or probs)
     case = data.Case("a", label, None, None, (1.0, 1.0, 1.0), np.eye(4))
-    kept = reciprocal.predict_label(nn.Identity(), case, replace(Config(), largest_component=True))
+    cfg = replace(Config(), largest_component=True, stride=(3, 4, 5), windows=7)
+    kept = reciprocal.predict_label(nn.Identity(), case, cfg)
+    assert asked[0][2:5] == (cfg.patch, (3, 4, 5), 7) and (kept[8] == 0).all()
     assert set(kept[0:2].unique().tolist()) == {0} and (kept[4:8, 2:5] == 1).all() and (kept[10:12] == 2).all()
 
 
@@ -437,11 +465,14 @@ def test_a_prediction_at_another_voxel_size_lies_on_the_scans_own_grid():
 # ---- the program
 
 
+AFFINE = np.array([[0, -0.8, 0, 5], [0.7, 0, 0, -7], [0, 0, 1.5, 1], [0, 0, 0, 1]])  # axes exchanged, an origin
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An nnU-Net folder: six labeled cases, two without a label, two test images, one of them labeled."""
     root = tmp_path_factory.mktemp("own")
-    rng, affine = np.random.default_rng(0), np.diag([0.7, 0.8, 1.5, 1])
+    rng, affine = np.random.default_rng(0), AFFINE
     labels = {"background": 0, "liver": 1, "tumor": 2}
     (root / "dataset.json").write_text(json.dumps(dict(channel_names={"0": "MR"}, labels=labels, numTraining=6)))
     for sub in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
@@ -474,10 +505,12 @@ def test_a_run_leaves_what_it_promises(finished, capsys):
     assert [len(cases[name]) for name in ("labeled", "unlabeled", "test")] == [2, 5, 3]  # one labeled case held out
     prediction = nib.load(finished / "predictions" / "case9.nii.gz")
     assert prediction.get_data_dtype() == np.uint8 and prediction.shape == (18, 17, 15)
-    assert np.allclose(prediction.affine, np.diag([0.7, 0.8, 1.5, 1]))
+    assert np.allclose(prediction.affine, AFFINE)
     scores = json.loads((finished / "summary.json").read_text())["scores"]
     sets = {(row["set"], row["network"]): row["cases"] for row in scores}
     assert sets == {(s, n): c for s, c in (("test", 2), ("transductive", 3)) for n in ("student", "teacher")}
+    small, whole = (record.load_checkpoint(finished / name)["nets"] for name in ("student.pt", "checkpoint.pt"))
+    torch.testing.assert_close(small, {"student": whole["student"]}, rtol=0, atol=0)
     log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     assert sum("feedback" in line for line in log) == 4  # every iteration
 
@@ -490,9 +523,27 @@ def test_lower_bound_beside_the_run_joins_its_table(folder, finished, capsys):
         config = {key: value for key, value in (summary["config"] | change).items() if value is not None}
         (finished.parent / name).mkdir()
         (finished.parent / name / "summary.json").write_text(json.dumps(summary | dict(config=config)))
+    other = dict(data="x", seed=9, spacing="mm", stride=[4] * 3, patch=[8] * 3, largest_component=True, method="mt")
+    found = {key: summary | dict(config=summary["config"] | {key: value}) for key, value in other.items()}
+    found |= dict(cases=summary | dict(cases={}), iterations=summary | dict(iterations=9), none=[])
+    for name, content in found.items():
+        (finished.parent / name).mkdir()
+        (finished.parent / name / "summary.json").write_text(json.dumps(content))
     assert cli("--resume", finished) == 0
     told = capsys.readouterr().out
-    assert "lower bound (lower)" in told and "lower bound (before)" in told and "coarse" not in told
+    assert {*re.findall(r"lower bound \((.*?)\)", told)} == {"lower", "before"}
+
+
+def test_the_overlay_is_of_the_worst_the_median_and_the_best(tmp_path):
+    cases = [data.Case(name, None, None, torch.zeros(2, 2, 2), (1.0,) * 3, np.eye(4)) for name in "abcd"]
+    rows = [dict(case=name, network=network, dice=dice / 10) for network, values in
+            (("student", (5, 9, 1, 7)), ("teacher", (1, 2, 3, 4))) for name, dice in zip("abcd", values, strict=True)]
+    (tmp_path / "predictions").mkdir()
+    for i, case in enumerate(cases):
+        reciprocal.write_label(tmp_path / "predictions" / f"{case.name}.nii.gz", np.full((2, 2, 2), i), np.eye(4))
+    shown = record.panels(data.Dataset([], [], cases, ["0", "1"], 1), rows, tmp_path)
+    found = [(dice, case.name, label.max()) for _, dice, case, label in shown]
+    assert found == [(0.1, "c", 2), (0.7, "d", 3), (0.9, "b", 1)]
 
 
 def test_a_longer_stage_has_a_longer_step_schedule():
@@ -502,6 +553,7 @@ def test_a_longer_stage_has_a_longer_step_schedule():
     mt = replace(cfg, method="mt")
     assert [reciprocal.learning_rate(mt, i, 60) for i in (0, 29, 30, 59)] == pytest.approx([0.1, 0.1, 0.01, 0.01])
     assert reciprocal.learning_rate(replace(cfg, iterations=0), 25, 30) == pytest.approx(0.001)  # pre-training
+    assert reciprocal.learning_rate(replace(mt, iterations=0), 25, 30) == pytest.approx(0.001)  # as many
     poly = [reciprocal.learning_rate(replace(cfg, schedule="poly"), i, 60) for i in (0, 30)]
     assert poly == pytest.approx([0.1, 0.1 * 0.5**0.9])
 
@@ -510,11 +562,12 @@ def test_a_longer_stage_has_a_longer_step_schedule():
 def test_the_loop_gives_a_step_its_learning_rates_and_patches(method, folder, tmp_path, monkeypatch):
     """The schedule's rate for each V-Net, a method's own network keeping its own; exam and lesson on other cases; each
     stage on patches of its own."""
-    seen = []
+    seen, seeds = [], []
 
     def spy(step):
         def spied(nets, optimizers, batch, cfg):
             seen.append(([optimizer.param_groups[0]["lr"] for optimizer in optimizers], batch))
+            seeds.append(torch.initial_seed())
             return step(nets, optimizers, batch, cfg)
         return spied
 
@@ -526,6 +579,7 @@ def test_the_loop_gives_a_step_its_learning_rates_and_patches(method, folder, tm
     monkeypatch.setitem(COMPARISONS, "sassnet", replace(sassnet, step=spy(sassnet.step)))
     flags = ["--method", method, "--lr", 0.3, "--schedule", "poly", "--eval-cases", 0]
     assert cli("--data", folder, "--labeled", 5, "--holdout", 0, "--out", tmp_path / "run", *TINY, *flags) == 0
+    assert len({*seeds}) == len(seen) == 8
     if method == "sassnet":
         assert [rates for rates, _ in seen] == [[pytest.approx(0.3 * (1 - i / 8) ** 0.9), 1e-4] for i in range(8)]
         return
@@ -597,22 +651,99 @@ def test_predict_goes_on_after_a_bad_file(folder, finished, tmp_path, capsys):
 
 def test_a_step_takes_patches_of_the_voxel_size(folder):
     dataset, voxel = data.load(str(folder), "", 2, 0.2, "zscore", (0, 1)), (1.4, 1.6, 3.0)
-    cfg = replace(Config(), method="mt", voxel=voxel, patch=(8, 8, 4), batch_l=2, batch_u=2)
+    cfg = replace(Config(), method="mt", voxel=voxel, patch=(8, 8, 4), batch_l=2, batch_u=2, noise=0.1)
     batch = reciprocal.make_batch(cfg, dataset, 0, reciprocal.stages(cfg)[0], 5, "cpu")
     for name, cases, stream in (("x_l", dataset.labeled, 0), ("x_u", dataset.unlabeled, 1)):
         image, _ = data.draw(cases, 2, cfg.patch, seed=cfg.seed, stream=stream, iteration=5, augment=cfg.augment,
-                             voxel=voxel)
+                             voxel=voxel, noise=0.1)
         assert torch.equal(batch[name], image)
 
 
-def test_a_run_at_another_voxel_size(folder, tmp_path):
-    run, voxel = tmp_path / "run", ("--voxel", 1.4, 1.6, 1.5)
-    assert cli("--data", folder, "--labeled", 2, "--out", run, *TINY, *voxel, "--patch", 8, 8, 16) == 0
+def test_a_point_of_the_curve_leaves_the_networks_as_they_were(folder, monkeypatch):
+    """Test cases leave no trace in the running statistics."""
+    dataset, net = data.load(str(folder), "", 2, 0.2, "zscore", (0, 1)), VNet(1, 3, filters=2, depth=1).train()
+    before, predict_label, asked = copy.deepcopy(net.state_dict()), reciprocal.predict_label, []
+    monkeypatch.setattr(reciprocal, "predict_label",
+                        lambda net, case, cfg: asked.append(case.name) or predict_label(net, case, cfg))
+    reciprocal.curve_point(replace(Config(), patch=(8, 8, 8)), dataset, {"student": net})
+    assert asked == [case.name for case in dataset.scored("test")] and net.training
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("unit, spacing", [("voxels", None), ("mm", (0.7, 0.8, 1.5))])
+def test_scores_are_of_the_students_prediction_against_the_label(unit, spacing, folder, tmp_path, monkeypatch):
+    """ASD is of one direction; test cases have the stride asked for, transductive ones windows side by side."""
+    dataset, strides = data.load(str(folder), "", 2, 0.2, "zscore", (0, 1)), []
+    nets, cfg = {name: VNet(1, 3, 2, 1) for name in NETWORKS}, replace(Config(), spacing=unit, stride=(3, 4, 5))
+    prediction = torch.zeros(18, 17, 15, dtype=torch.uint8)
+    prediction[2:9, 3, 4], prediction[6, 6, 6] = 1, 2
+
+    def predict_label(net, case, cfg):
+        strides.append(cfg.stride)
+        return prediction if net is nets["student"] else 1 - prediction.clamp(max=1)
+
+    monkeypatch.setattr(reciprocal, "predict_label", predict_label)
+    rows = reciprocal.test(cfg, dataset, nets, tmp_path)
+    truth = {case.name: case.label for case in dataset.test + dataset.unlabeled}
+    written = nib.load(tmp_path / f"predictions/{dataset.scored('test')[0].name}.nii.gz")
+    assert np.array_equal(written.get_fdata(), prediction)
+    for row in (row for row in rows if row["network"] == "student"):
+        value = dict(liver=1, tumor=2)[row["class"]]
+        assert row["asd"] == pytest.approx(metrics.asd(prediction == value, truth[row["case"]] == value, spacing))
+    assert {*strides[:2]} == {(3, 4, 5)} and {*strides[-2:]} == {cfg.patch}
+
+
+def test_networks_start_apart_and_from_what_is_given(folder, finished):
+    dataset = data.load(str(folder), "", 2, 0.2, "zscore", (0, 1))
+
+    def heads(**changes):
+        cfg = replace(Config(), filters=2, depth=2, **changes)
+        nets = reciprocal.networks(cfg, dataset, torch.device("cpu"), None)
+        return [nets[name].head.weight for name in NETWORKS]
+
+    given, (student, teacher) = record.load_checkpoint(finished)["nets"]["student"]["head.weight"], heads()
+    assert not torch.equal(student, teacher) and torch.equal(student, heads(method="mt")[0])
+    assert [torch.equal(head, given) for head in heads(student_from=str(finished))] == [True, False]
+    assert [torch.equal(head, given) for head in heads(teacher_from=str(finished))] == [False, True]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_predict_takes_the_network_and_the_normalization_of_the_run(network, folder, tmp_path, monkeypatch):
+    run, seen = tmp_path / "run", []
+    assert cli("--data", folder, "--labeled", 2, "--normalize", "window", "--out", run, *TINY) == 0
+    expected = data.load(str(folder), "", 2, 0.2, "window", Config().window)
+    monkeypatch.setattr(reciprocal, "predict_label", lambda net, case, cfg: seen.append((net, case)) or
+                        torch.zeros(18, 17, 15, dtype=torch.uint8))
+    assert cli("predict", "-i", folder / "imagesTs/case9_0000.nii.gz", "-o", tmp_path / "m", "--checkpoint", run,
+               "--network", network) == 0
+    ((net, case),) = seen
+    assert torch.equal(case.volume(), next(c for c in expected.test if c.name == "case9").volume())
+    torch.testing.assert_close(dict(net.state_dict()), dict(record.load_checkpoint(run)["nets"][network]))
+
+
+@pytest.mark.parametrize("flags, graphed", [((), 3), (("--feedback", "shuffled"), 2), (("--method", "mt"), 0),
+                                            (("--method", "supervised"), 1)])
+def test_graphs_are_for_steps_that_are_always_the_same(flags, graphed, folder, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(devices, "graphed", lambda step, device: steps.append(step) or step)
+    monkeypatch.setattr(reciprocal, "test", lambda *_: [])
+    monkeypatch.setattr(record, "conclude", lambda *_: None)
+    assert cli("--data", folder, "--labeled", 2, "--out", tmp_path / "run", *TINY, *flags) == 0
+    assert len(steps) == graphed
+
+
+def test_a_run_at_another_voxel_size(folder, tmp_path, monkeypatch):
+    run, voxel, read, asked = tmp_path / "run", ("--voxel", 1.4, 1.6, 1.5), data.read_case, []
+    monkeypatch.setattr(data, "read_case", lambda *arguments: (asked.append(arguments[4:]), read(*arguments))[1])
+    assert cli("--data", folder, "--labeled", 2, "--out", run, *TINY, *voxel, "--patch", 8, 8, 16, "--normalize",
+               "window", "--window", -50, 250) == 0
     prediction = nib.load(run / "predictions/case9.nii.gz")
-    assert prediction.shape == (18, 17, 15) and np.allclose(prediction.affine, np.diag([0.7, 0.8, 1.5, 1]))
+    assert prediction.shape == (18, 17, 15) and np.allclose(prediction.affine, AFFINE)
     scan = folder / "imagesTs/case9_0000.nii.gz"
     assert cli("predict", "-i", scan, "-o", tmp_path / "masks", "--checkpoint", run / "student.pt") == 0
     assert np.array_equal(nib.load(tmp_path / "masks/case9.nii.gz").get_fdata(), prediction.get_fdata())
+    assert np.array_equal(nib.load(tmp_path / "masks/case9.nii.gz").affine, prediction.affine)
+    assert len(asked) == 10 + 1 and {*asked} == {("window", (-50, 250))}  # in training and in prediction
     assert cli("--resume", run, *voxel) == 2  # it is not among what may change
 
 
@@ -670,6 +801,7 @@ def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path, capsys):
     ("--data no/such/folder", "no/such/folder"),
     ("--patch 20 32 32", "--patch 20 32 32"),
     ("--method sassnet --depth 1 --patch 16 8 16", "at least 16"),
+    ("--depth 4 --patch 16 16 16 --batch-u 1", "one larger in a batch of 1"),  # no variance at the bottom
     ("--voxel 1 1 -1", "--voxel"),
     ("--voxel 1 nan 1", "--voxel"),
     ("--voxel 0 0 1e-30", "--voxel"),

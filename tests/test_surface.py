@@ -64,8 +64,8 @@ PAIRS = {
     "nested": (box(S, (0, 6), (0, 6), (1, 9)), box(S, (2, 4), (2, 4), (3, 6)), MILLIMETERS),
     "whole volume": (torch.ones(S, dtype=torch.bool), torch.ones(S, dtype=torch.bool), None),
     "whole volume and one voxel": (torch.ones(S, dtype=torch.bool), box(S, (3, 4), (0, 1), (4, 5)), (3, 1, 1)),
-    "one row": (box((1, 1, 40), (0, 1), (0, 1), (3, 5)), box((1, 1, 40), (0, 1), (0, 1), (20, 39)), None),
-    "one column": (box((40, 1, 1), (2, 9), (0, 1), (0, 1)), box((40, 1, 1), (30, 39), (0, 1), (0, 1)), None),
+    "one row": (box((1, 1, 250), (0, 1), (0, 1), (0, 5)), box((1, 1, 250), (0, 1), (0, 1), (240, 250)), None),
+    "one column": (box((32, 1, 1), (0, 3)), box((32, 1, 1), (29, 32)), None),
     "one voxel in all": (torch.ones(1, 1, 1, dtype=torch.bool), torch.ones(1, 1, 1, dtype=torch.bool), None),
     "far apart": (box((9, 30, 3), (0, 2), (0, 3), (0, 2)), box((9, 30, 3), (7, 9), (27, 30), (1, 3)), None),
     "far apart, thick slices": (box((17, 9, 3), (0, 2)), box((17, 9, 3), (15, 17)), (5.0, 0.3, 0.3)),
@@ -108,6 +108,12 @@ def test_medpy(spacing, device):
     np.testing.assert_allclose(scores[0, 3:].cpu(), expected, rtol=0, atol=1e-9)
 
 
+def test_the_longest_row(device, monkeypatch):
+    monkeypatch.setattr(surface, "TILE", 1024)
+    p, q = box((1, 2, 1024), (0, 1), (0, 1), (0, 1)), box((1, 2, 1024), (0, 1), (1, 2), (1020, 1024))
+    np.testing.assert_array_equal(surface_scores(p.to(device), q.to(device))[0].cpu(), witness(p, q))
+
+
 def test_empty_masks_have_no_distance(device):
     full, empty = torch.ones(3, 4, 5, dtype=torch.bool, device=device), torch.zeros(3, 4, 5, dtype=torch.bool)
     empty, nan = empty.to(device), [math.nan] * 3
@@ -124,7 +130,7 @@ def classes(device):
     return prediction.to(device), label.to(device)
 
 
-@pytest.mark.parametrize("together", [2, 0])
+@pytest.mark.parametrize("together", [3, 2, 0])
 def test_a_batch_of_classes_is_its_single_calls_bit_for_bit(together, device, monkeypatch):
     prediction, label = classes(device)
     single = torch.cat([surface_scores(p, q, MILLIMETERS) for p, q in zip(prediction, label, strict=True)])
