@@ -80,7 +80,7 @@ def reference(
     nll, losses = 0, []
     for c, log_p in enumerate(z.log_softmax(1).unbind(1)):  # (B, V) each
         t = ((y == c) & counted).to(z.dtype)
-        nll = nll - (log_p * t).sum()
+        nll = nll - torch.where(t > 0, log_p, 0).sum()  # 0 * -inf would be no number
         if dice and (c or background):
             p = log_p.exp() * counted
             size = whole((p * p if form == "batch" else p).sum(axes) + t.sum(axes))

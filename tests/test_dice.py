@@ -214,6 +214,15 @@ def test_far_logits(device):
         assert 4990 < loss < 5001
 
 
+@pytest.mark.parametrize("form, background", FORMS)
+def test_a_class_may_be_excluded_by_an_infinite_logit(form, background, device):
+    logits, label = draw((2, 3, 3, 4, 5), device)
+    with torch.no_grad():
+        logits[:, 2] = -torch.inf
+    loss, grad = check(logits, label.clamp(max=1), form=form, background=background)
+    assert loss.isfinite() and not grad[:, 2].any()
+
+
 def test_same_bits(device):
     logits, label = draw((1, 3, 13, 17, 19), device)
     loss, grad = check(logits, label)
