@@ -104,8 +104,8 @@ _SMALL = dict(_LA, patch=(32, 32, 32), stride=(16, 16, 16), filters=8, depth=3, 
 RECIPES: dict[str, dict] = {
     "la": _LA,
     "la-coarse": dict(_LA, voxel=(1.5625, 1.5625, 1.5625), patch=(48, 48, 32), stride=(24, 24, 16), depth=3,
-                      dropout=False, schedule="poly", iterations=800, pretrain=600, normalize="zscore-crop",
-                      holdout=0.2, eval_every=200, eval_cases=8, save_every=200),  # ours, for a CPU
+                      schedule="poly", iterations=800, pretrain=600, normalize="zscore-crop", holdout=0.2,
+                      eval_every=200, eval_cases=8, save_every=200),  # ours, for a CPU
     "pancreas": dict(_CUBE, batch_l=4, batch_u=5, dropout=False, optimizer="adam", lr=1e-3, iterations=20000,
                      pretrain=4000, seed=1124, augment="none", noise=0.05, normalize="window",
                      voxel=(1.0, 1.0, 1.0)),  # the paper's

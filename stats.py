@@ -85,6 +85,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 # ---- runs compared -----------------------------------------------------------------------------------------
 
 # Fields of Config that do not change what is computed; those that only reciprocal learning uses, or whose sum counts.
+# (UA-MT has dropout whatever the Config says.)
 IDLE = {"seed", "out", "root", "device", "compile", "graph", "windows", "deterministic", "log_every", "eval_every",
         "eval_cases", "save_every"}  # fmt: skip
 UNUSED = {"preset", "loss", "lesson", "student_start", "feedback", "teacher_from", "iterations", "pretrain", "budget"}
@@ -152,9 +153,10 @@ def _read_run(run: Path, network: str, part: str) -> dict:
         summary = json.loads(path.read_text())
         config, peer = BEFORE | summary["config"], summary["config"]["method"] != "reciprocal"
         labeled, unlabeled, test = (sorted(summary["cases"][key]) for key in ("labeled", "unlabeled", "test"))
+        silent = IDLE | (UNUSED if peer else set()) | ({"dropout"} if config["method"] == "uamt" else set())
         defaults, settings = (  # texts; a run that --teacher-from names is of this seed
             {key: json.dumps(value).strip('"').replace(f"seed{config['seed']}", "seed")
-             for key, value in values.items() if key not in IDLE | (UNUSED if peer else set())}
+             for key, value in values.items() if key not in silent}
             for values in (RECIPES.get(config["data"], RECIPES["folder"]) | PRESETS[config["preset"]], config))
         settings |= {"iterations": str(summary["iterations"])} if peer else {}
         path = run / "metrics.csv"

@@ -170,11 +170,12 @@ def test_names(run):
     assert names(supervised) == ["supervised, iterations 800", "supervised, iterations 1000"]
     assert stats.compare(supervised)[1]["reference"] == "supervised, iterations 800"
     bound = run(DICE[0], method="supervised", iterations=800, trained=["l1"], labeled=1.0)
+    assert names([supervised[0], bound]) == ["supervised, labeled 0.05", "supervised, labeled 1.0"]
     for key, value in dict(lr=0.1, augment="flip", normalize="window", noise=0.1, amp="bf16", voxel=(1.0, 1.0, 1.0),
                            patch=(32, 32, 32), supervised_loss="ce", stride=(8, 8, 8), batch_l=9).items():
         for method in ("reciprocal", "supervised"):
             assert len(names([run(DICE[0], method=method), run(DICE[0], method=method, seed=2, **{key: value})])) == 2
-    assert names([supervised[0], bound]) == ["supervised, labeled 0.05", "supervised, labeled 1.0"]
+    assert names([run(DICE[0], method="uamt", dropout=False), run(DICE[0], method="uamt", seed=2)]) == ["uamt"]
 
 
 def test_what_makes_no_other_method(run):
@@ -324,7 +325,9 @@ def test_the_script_refuses_in_one_line_before_the_first_run(tmp_path, arguments
 @pytest.mark.parametrize("folder,text,part", [
     ("hippocampus-0.05", "results/hippocampus-0.05/compare.md", "test"),
     ("hippocampus-0.1", "results/hippocampus-0.1/compare.md", "test"), ("hippocampus-0.1-long", "README.md", "test"),
-    *(("la-coarse", "README.md", part) for part in ("test", "transductive")), ("la", "README.md", "transductive")])
+    *(("la-coarse-dropout", "README.md", part) for part in ("test", "transductive")),
+    ("la-coarse", "results/la-coarse/compare.md", "test"),
+    ("la-coarse", "results/la-coarse/transductive.md", "transductive"), ("la", "README.md", "transductive")])
 def test_the_kept_runs_have_the_numbers_of_their_table(folder, text, part):
     rows = [re.sub(r"[*]| \[.*?\]", "", line).split("|") for line in (ROOT / text).read_text().splitlines()]
     rows = [[cell.strip() for cell in cells] for cells in rows]

@@ -417,7 +417,7 @@ def test_every_recipe_is_a_config():
 
 
 def test_recipes_are_those_of_the_kept_runs_and_of_the_literature():
-    for run in "hippocampus-0.05/reciprocal-mixed-seed1", "la-coarse/mt-seed1337":
+    for run in "hippocampus-0.05/reciprocal-mixed-seed1", "la-coarse-dropout/mt-seed1337":
         kept = json.loads((Path(__file__).parents[1] / "results" / run / "summary.json").read_text())["config"]
         recipe = json.loads(json.dumps(data.RECIPES[kept["data"]]))
         assert {key: kept[key] for key in recipe} == recipe
@@ -429,8 +429,8 @@ def test_recipes_are_those_of_the_kept_runs_and_of_the_literature():
         patch=(96, 96, 96), stride=(16, 16, 16), batch_l=4, batch_u=5, dropout=False, optimizer="adam", lr=1e-3,
         iterations=20000, pretrain=4000, seed=1124, augment="none", noise=0.05, normalize="window", voxel=(1, 1, 1))
     assert beyond("la", "la-coarse") == dict(
-        patch=(112, 112, 80), stride=(18, 18, 4), depth=4, dropout=True, schedule="step", iterations=6000,
-        pretrain=6000, voxel=(0, 0, 0), normalize="zscore", holdout=0)
+        patch=(112, 112, 80), stride=(18, 18, 4), depth=4, schedule="step", iterations=6000, pretrain=6000,
+        voxel=(0, 0, 0), normalize="zscore", holdout=0)
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------
