@@ -9,8 +9,7 @@ MICCAI 2021, and its successor, Medical Physics 50(1):163-177, 2023.
     python reciprocal.py --resume runs/mine                  go on where it stopped
     python reciprocal.py predict -i scans/ -o masks/ --checkpoint runs/mine
 
-To learn, read `reciprocal_step` first; the rest is in reading order: Config, the network, the step,
-the inference, the training loop, the report, the command line.
+To learn, read `reciprocal_step` first; the rest is in reading order.
 """
 
 import argparse
@@ -112,14 +111,16 @@ class Config:
                if not getattr(self, name) >= int(name in positive)]  # so written, NaN is too low
         if low:
             raise BadInput(f"--{low[0].replace('_', '-')} {getattr(self, low[0])}: too low")
-        side, lone = 2**self.depth, min(self.batch_l, self.batch_u) == devices.WORLD and self.method != "supervised"
+        side = 2**self.depth
         least = max(side, COMPARISONS.get(self.method, COMPARISONS["supervised"]).patch)
-        if any(p % side or p < least for p in self.patch) or lone and max(self.patch) == side:
+        if any(p % side or p < least for p in self.patch):
             raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
-                           f"2 ** depth, and at least {least}, one larger in a batch of 1; or choose a smaller --depth")
-        if any(n % devices.WORLD for n in (self.batch_l, self.batch_u)):
-            raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: not a multiple of the "
-                           f"{devices.WORLD} ranks")
+                           f"2 ** depth, and at least {least}; choose such sides or a smaller --depth")
+        if self.batch_l % devices.WORLD or self.batch_u % devices.WORLD:
+            raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: no multiple of {devices.WORLD} ranks")
+        alone = dict(reciprocal=min(self.batch_l, self.batch_u), mt=self.batch_u, uamt=self.batch_u).get(self.method)
+        if alone == devices.WORLD and max(self.patch) == side and not self.sync_norm:
+            raise BadInput(f"--patch: a single voxel at depth {self.depth}, a batch of 1: no variance; enlarge either")
         wrong = any(size and not 0.01 <= size <= 1000 for size in self.voxel)
         if wrong or min(self.stride) < 1 or not 0 < self.lr < 1e38 or not self.window[0] < self.window[1]:
             raise BadInput("--stride, --lr: positive; --window: a lower and a higher value; --voxel: 0 or 0.01 to 1000")
@@ -420,7 +421,6 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             batch = make_batch(cfg, dataset, number, stage, iteration, device)
             with devices.autocast(cfg.amp, device):
                 scalars = step(trained, optimizers, batch, cfg)
-
             done = iteration + 1
             pending.append(dict(stage=stage.name, iteration=done, lr=lr, cases=batch["cases"]) | scalars)
             due = [every for every in ("log", "eval", "save")

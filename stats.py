@@ -85,7 +85,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 # ---- runs compared -----------------------------------------------------------------------------------------
 
 # Fields of Config that do not change what is computed; those that only reciprocal learning uses, or whose sum counts.
-# (UA-MT has dropout whatever the Config says.)
 IDLE = {"seed", "out", "root", "device", "compile", "graph", "windows", "deterministic", "log_every", "eval_every",
         "eval_cases", "save_every"}  # fmt: skip
 UNUSED = {"preset", "loss", "lesson", "student_start", "feedback", "teacher_from", "iterations", "pretrain", "budget"}
@@ -118,7 +117,8 @@ def compare(runs: list[Path], reference: str = "", network: str = "student", par
                 raise BadInput(f"{run['run']}: other {key} than {other['run']}; leave it out, or {remedy}")
         # what sets methods apart is looked for among runs of one method, any other setting among all
         changes = [f", {k} {v}" for k, v in run["changes"].items() if k in ("lesson", "feedback") or any(
-            other["changes"].get(k) != v for other in read if k not in OWN or other["kind"] == run["kind"])]
+            other["changes"].get(k) != v for other in read
+            if k not in other["silent"] and (k not in OWN or other["kind"] == run["kind"]))]
         group = methods.setdefault(run["kind"] + "".join(changes), {})
         if (other := group.setdefault(run["seed"], run)) is not run:
             raise BadInput(f"{run['run']}: the method and the seed of {other['run']} again; leave one of them out")
@@ -153,10 +153,10 @@ def _read_run(run: Path, network: str, part: str) -> dict:
         summary = json.loads(path.read_text())
         config, peer = BEFORE | summary["config"], summary["config"]["method"] != "reciprocal"
         labeled, unlabeled, test = (sorted(summary["cases"][key]) for key in ("labeled", "unlabeled", "test"))
-        silent = IDLE | (UNUSED if peer else set()) | ({"dropout"} if config["method"] == "uamt" else set())
+        silent = {"dropout"} if config["method"] == "uamt" else set()  # it has dropout whatever the Config says
         defaults, settings = (  # texts; a run that --teacher-from names is of this seed
             {key: json.dumps(value).strip('"').replace(f"seed{config['seed']}", "seed")
-             for key, value in values.items() if key not in silent}
+             for key, value in values.items() if key not in IDLE | silent | (UNUSED if peer else set())}
             for values in (RECIPES.get(config["data"], RECIPES["folder"]) | PRESETS[config["preset"]], config))
         settings |= {"iterations": str(summary["iterations"])} if peer else {}
         path = run / "metrics.csv"
@@ -171,7 +171,7 @@ def _read_run(run: Path, network: str, part: str) -> dict:
             raise ValueError("not each class of each case once")
         scores = np.array([[float(row[metric]) for metric in METRICS] for row in rows]).reshape(*map(len, names), -1)
         return {
-            "run": run, "seed": config["seed"], "data": config["data"], "spacing": config["spacing"],
+            "run": run, "seed": config["seed"], "data": config["data"], "spacing": config["spacing"], "silent": silent,
             "kind": config["method"] + f" ({config['preset']})" * (not peer), "share": config["labeled"],
             "changes": {key: value for key, value in settings.items() if value not in ("", defaults.get(key))},
             "counts": {"labeled": len(labeled), "unlabeled": len(unlabeled)}, "scored cases or classes": (test, scored),

@@ -175,7 +175,8 @@ def test_names(run):
                            patch=(32, 32, 32), supervised_loss="ce", stride=(8, 8, 8), batch_l=9).items():
         for method in ("reciprocal", "supervised"):
             assert len(names([run(DICE[0], method=method), run(DICE[0], method=method, seed=2, **{key: value})])) == 2
-    assert names([run(DICE[0], method="uamt", dropout=False), run(DICE[0], method="uamt", seed=2)]) == ["uamt"]
+    assert names([run(DICE[0], method="uamt", dropout=True), run(DICE[0], method="uamt", seed=2)]) == ["uamt"]
+    assert names([run(DICE[0], dropout=True), run(DICE[0], method="uamt")]) == ["reciprocal (strong)", "uamt"]
 
 
 def test_what_makes_no_other_method(run):

@@ -188,7 +188,7 @@ def test_a_signal_to_one_rank_stops_all(tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     done = torchrun(tmp_path, 2, RUN, *TINY.split(), "--batch-l", 3, "--out", tmp_path / "run")
-    assert done.returncode and "--batch-l 3, --batch-u 2: not a multiple of the 2 ranks" in done.stderr
+    assert done.returncode and "--batch-l 3, --batch-u 2: no multiple of 2 ranks" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

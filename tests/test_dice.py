@@ -192,11 +192,14 @@ def test_more_columns_than_a_block(form, background, device, monkeypatch):
     check(*draw((2, 3, 17, 241, 1), device), form=form, background=background)  # the last voxel is a block's only one
 
 
-@pytest.mark.skipif(not dice.INTERPRETED, reason="4 GB, of which the interpreter touches a few pages")
+@pytest.mark.skipif(not dice.INTERPRETED, reason="2 GB, of which the interpreter touches a few pages")
 def test_strides_beyond_32_bits():
     logits, label = draw((3, 2, 1, 1, 7), "cpu")
-    far = torch.from_numpy(np.zeros(2**31 + 7, np.uint8)).as_strided((3, 1, 1, 7), (2**30, 7, 7, 1))
-    check(logits, far.copy_(label))
+    try:
+        room = np.zeros(2**31 + 7, np.uint8)
+    except MemoryError:
+        pytest.skip("this system reserves no 2 GB")
+    check(logits, torch.from_numpy(room).as_strided((3, 1, 1, 7), (2**30, 7, 7, 1)).copy_(label))
 
 
 def test_the_reference_sums_half_precision_in_float32(device):

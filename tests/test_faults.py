@@ -374,6 +374,7 @@ def test_log_that_does_not_fit_is_told_and_rewound(tmp_path):
     with files_of_at_most(50_000), pytest.raises(BadInput, match="log.jsonl: cannot be written.*too large"):
         record.append_log(path, lines[9:], lasting=True)
     assert not path.read_text().endswith("\n")  # a torn line
+    path.write_bytes(path.read_bytes() + b"\xff")
     record.rewind_log(path, ["mt"], dict(stage=0, iteration=7))
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:7]
 

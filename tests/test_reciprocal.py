@@ -801,7 +801,8 @@ def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path, capsys):
     ("--data no/such/folder", "no/such/folder"),
     ("--patch 20 32 32", "--patch 20 32 32"),
     ("--method sassnet --depth 1 --patch 16 8 16", "at least 16"),
-    ("--depth 4 --patch 16 16 16 --batch-u 1", "one larger in a batch of 1"),  # no variance at the bottom
+    ("--depth 4 --patch 16 16 16 --batch-l 1", "a single voxel at depth 4, a batch of 1"),
+    ("--depth 4 --patch 16 16 16 --batch-u 1 --method mt", "a single voxel at depth 4, a batch of 1"),
     ("--voxel 1 1 -1", "--voxel"),
     ("--voxel 1 nan 1", "--voxel"),
     ("--voxel 0 0 1e-30", "--voxel"),
@@ -820,6 +821,13 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_a_single_voxel_in_a_batch_of_two_is_no_bad_input():
+    for method in ("tcsm", "supervised"):  # they see labeled and unlabeled patches, or labeled ones, in one batch
+        cfg = replace(Config(), method=method, patch=(16, 16, 16), batch_l=1, batch_u=1).check()
+        net, x = VNet(1, 2, filters=2, depth=cfg.depth), torch.randn(cfg.batch_l + cfg.batch_u, 1, *cfg.patch)
+        assert net(x).isfinite().all()
 
 
 def test_output_folder_in_use_is_left_alone(finished, folder, capsys):
