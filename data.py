@@ -338,7 +338,7 @@ def scan_nifti(folder: Path) -> tuple[list, list, list[str], int, list[str], lis
     names = [str(classes[i]) for i in sorted(classes)]
     usable = 2 <= len({*names}) == len(names) <= 256 and "ignore" not in names and "".join(names).isprintable()
     if sorted(classes) != list(range(len(names))) or not usable:
-        raise BadInput(f"{path}: labels must be 0 (background), 1, 2, ... without a gap, no two alike or 'ignore'")
+        raise BadInput(f"{path}: labels must be 0, 1, 2, ... without a gap, names printable, no two alike or 'ignore'")
     for part in ("Tr", "Ts"):
         images = group(folder / f"images{part}", numbered="channel_names" in spec)
         labels = group(folder / f"labels{part}", numbered=False)
