@@ -1,10 +1,12 @@
-"""The paper's comparison methods in 3D, on the Config, network, data and loop of reciprocal.py: one step function each.
+"""Comparison methods in 3D, on the Config, network, data and loop of reciprocal.py: one step function each. All but
+the last are the paper's.
 
     supervised   labeled patches alone: the lower bound, the upper bound with all labels, and every pre-training
     mt           mean teacher: Tarvainen and Valpola, NeurIPS 2017
     uamt         uncertainty-aware mean teacher: Yu et al., MICCAI 2019
     sassnet      shape-aware adversarial network: Li, Zhang and He, MICCAI 2020
     tcsm         transformation-consistent self-ensembling: Li et al., IEEE TNNLS 2021
+    bcp          bidirectional copy-paste: Bai et al., CVPR 2023
 
 A step takes its networks and their optimizers in the order of `COMPARISONS`, updates them in place and returns scalars
 that stay on the device. Its batch has x_l (B_l, C, D, H, W), y_l (B_l, D, H, W), x_u (B_u, C, D, H, W), and where the
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -73,11 +76,21 @@ def random_box(x: Tensor) -> Tensor:
 
 def exchange_boxes(x: Tensor, y: Tensor, x2: Tensor, y2: Tensor) -> list[Tensor]:
     """Patches x (B, C, D, H, W) with labels y (B, D, H, W), and x2 with y2, after each pair has exchanged a random
-    box. (Bai et al., "Bidirectional copy-paste for semi-supervised medical image segmentation", CVPR 2023, also
-    halve the weight of pseudo labels, keep their largest component and pre-train on such patches.)"""
+    box, as the lesson of `--lesson mixed`. The idea is that of `bcp_step`."""
     box = random_box(x)
     images = [torch.where(box[:, None], *pair).to(memory_format=torch.channels_last_3d) for pair in ((x2, x), (x, x2))]
     return [images[0], torch.where(box, y2, y), images[1], torch.where(box, y, y2)]
+
+
+def largest_component(label: Tensor) -> Tensor:
+    """Of a label (D, H, W) each foreground class's largest component alone, in place; voxels with a common face are
+    connected. Found on the host."""
+    for value in range(1, int(label.max()) + 1):
+        parts, n = ndimage.label((label == value).cpu().numpy())
+        if n > 1:
+            parts = torch.from_numpy(parts).to(label.device)
+            label[(parts > 0) & (parts != 1 + parts.flatten().bincount()[1:].argmax())] = 0
+    return label
 
 
 def supervised_step(nets: list[nn.Module], optimizers: list[Optimizer], batch: dict, cfg) -> dict[str, Tensor]:
@@ -100,9 +113,14 @@ def averaged_step(nets, optimizers, batch: dict, cfg, consistency: Callable) -> 
     loss_l = named_loss(cfg.supervised_loss, logits[: len(batch["x_l"])], batch["y_l"])
     loss_u = consistency(logits.softmax(1), x, teacher)
     descend(optimizers[0], loss_l + 0.1 * ramp(batch, stairs=40) * loss_u)
-    decay = min(1 - 1 / (batch["iteration"] + 1), 0.99)  # 0 at first: the teacher becomes the student
-    get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(student.parameters()), None)  # without gradients
+    follow(teacher, student, batch["iteration"])
     return dict(loss_l=loss_l.detach(), loss_u=loss_u.detach())
+
+
+def follow(teacher: nn.Module, student: nn.Module, iteration: int) -> None:
+    """The teacher's weights become the mean of the student's so far; after 100 iterations the latest weigh most."""
+    decay = min(1 - 1 / (iteration + 1), 0.99)  # 0 at first: the teacher becomes the student
+    get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(student.parameters()), None)  # without gradients
 
 
 def mt_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
@@ -143,6 +161,30 @@ def tcsm_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
         return F.mse_loss(turn(probs), target)
 
     return averaged_step(nets, optimizers, batch, cfg, consistency)
+
+
+def bcp_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
+    """A labeled patch with a box of an unlabeled one, and the unlabeled one with that box of the labeled. Each part has
+    a loss of its own; that of pseudo labels, their largest components, has half the weight. In the first 2000 of 17,000
+    iterations the student learns from mixed pairs of labeled patches, and the teacher is the student. (The released
+    code draws other patches for the second kind, and takes twice as many.)"""
+    (student, teacher), x_l, y_l, x_u, weight = nets, batch["x_l"], batch["y_l"], batch["x_u"], 0.5
+    iteration = batch["iteration"] - 2 * batch["iterations"] // 17
+    if iteration < 0:
+        x_u, y_u, weight = x_l.flip(0), y_l.flip(0), 1.0
+    else:
+        with torch.no_grad():
+            y_u = torch.stack([largest_component(label) for label in teacher(x_u).argmax(1).to(torch.uint8)])
+    box, loss_l, loss_u = random_box(x_l), 0, 0
+    for theirs in (box, ~box):  # what of the mixed patch is the unlabeled one's
+        mixed = torch.where(theirs[:, None], x_u, x_l).to(memory_format=torch.channels_last_3d)
+        logits = student(mixed)
+        mine, other = (dice_ce(logits, y, form="sample", background=True)  # 255 is no class and does not count
+                       for y in (y_l.masked_fill(theirs, 255), y_u.masked_fill(~theirs, 255)))
+        loss_l, loss_u = loss_l + mine, loss_u + other
+    descend(optimizers[0], loss_l + weight * loss_u)
+    follow(teacher, student, max(iteration, 0))
+    return dict(loss_l=loss_l.detach(), loss_u=loss_u.detach())
 
 
 def ramp(batch: dict, stairs: int | None = None) -> float:
@@ -254,13 +296,16 @@ class Method:
     dropout: bool = False  # needs dropout in its V-Nets, whatever the Config says
     maps: bool = False  # its V-Nets have a signed distance map for each foreground class
     patch: int = 1  # the fewest voxels a side of a patch may have
+    alone: bool = False  # a network sees the unlabeled patches by themselves
+    pairs: bool = False  # labeled and unlabeled patches are mixed in pairs: batch_l is batch_u
 
 
 COMPARISONS = {
     "supervised": Method(supervised_step, ("student",), unlabeled=False),
-    "mt": Method(mt_step),
-    "uamt": Method(uamt_step, dropout=True),
+    "mt": Method(mt_step, alone=True),
+    "uamt": Method(uamt_step, alone=True, dropout=True),
     "sassnet": Method(sassnet_step, ("student", "discriminator"), {"discriminator": Discriminator}, maps=True,
                       patch=16),  # the discriminator halves it four times
     "tcsm": Method(tcsm_step),
+    "bcp": Method(bcp_step, alone=True, pairs=True),
 }

@@ -9,7 +9,8 @@ MICCAI 2021, and its successor, Medical Physics 50(1):163-177, 2023.
     python reciprocal.py --resume runs/mine                  go on where it stopped
     python reciprocal.py predict -i scans/ -o masks/ --checkpoint runs/mine
 
-To learn, read `reciprocal_step` first; the rest is in reading order.
+To learn, read `reciprocal_step` first; the rest is in reading order: Config, the network, the step, inference, training,
+the report, the command line.
 """
 
 import argparse
@@ -23,16 +24,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+import baselines
 import data
 import devices
 import metrics
 import record
-from baselines import COMPARISONS, descend, exchange_boxes, gradients_of, named_loss, restore, supervised_step, update
+from baselines import COMPARISONS, descend, exchange_boxes, gradients_of, named_loss, supervised_step, update
 from cli import BadInput, Parser, add_flags, cli, flag, make_folder
 from data import PRESETS
 from devices import Pointwise, Unit
@@ -111,14 +112,16 @@ class Config:
                if not getattr(self, name) >= int(name in positive)]  # so written, NaN is too low
         if low:
             raise BadInput(f"--{low[0].replace('_', '-')} {getattr(self, low[0])}: too low")
-        side = 2**self.depth
-        least = max(side, COMPARISONS.get(self.method, COMPARISONS["supervised"]).patch)
+        side, method = 2**self.depth, COMPARISONS.get(self.method)
+        least = max(side, method.patch) if method else side
         if any(p % side or p < least for p in self.patch):
             raise BadInput(f"--patch {' '.join(map(str, self.patch))}: each side must be a multiple of {side}, that is "
                            f"2 ** depth, and at least {least}; choose such sides or a smaller --depth")
         if self.batch_l % devices.WORLD or self.batch_u % devices.WORLD:
             raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: no multiple of {devices.WORLD} ranks")
-        alone = dict(reciprocal=min(self.batch_l, self.batch_u), mt=self.batch_u, uamt=self.batch_u).get(self.method)
+        if method and method.pairs and self.batch_l != self.batch_u:
+            raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: {self.method} mixes as many of each")
+        alone = min(self.batch_l, self.batch_u) if not method else self.batch_u if method.alone else 0
         if alone == devices.WORLD and max(self.patch) == side and not self.sync_norm:
             raise BadInput(f"--patch: a single voxel at depth {self.depth}, a batch of 1: no variance; enlarge either")
         wrong = any(size and not 0.01 <= size <= 1000 for size in self.voxel)
@@ -292,12 +295,7 @@ def predict_label(net: nn.Module, case: data.Case, cfg: Config) -> Tensor:
     with devices.autocast(cfg.amp, image.device), torch.compiler.set_stance("force_eager"):  # the last batch is smaller
         probs = segment(net, image, cfg.patch, cfg.stride, cfg.windows, case.image.shape[1:])
     label = probs.max(0).indices.to(image.device, torch.uint8)  # on a CPU argmax takes several times as long
-    for value in range(1, len(probs)) if cfg.largest_component else ():
-        parts, n = ndimage.label((label == value).cpu().numpy())
-        if n > 1:
-            parts = torch.from_numpy(parts).to(label.device)
-            label[(parts > 0) & (parts != 1 + parts.flatten().bincount()[1:].argmax())] = 0
-    return label
+    return baselines.largest_component(label) if cfg.largest_component else label
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -407,7 +405,7 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
         if saved and number == saved["stage"]:
             start = saved["iteration"]
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                restore(optimizer, state)
+                baselines.restore(optimizer, state)
         fixed = stage.step is supervised_step or stage.step is reciprocal_step and cfg.feedback != "shuffled"
         step = devices.graphed(stage.step, device) if cfg.graph and fixed else stage.step
         pending = []  # what the steps returned, not yet read: reading waits for the device

@@ -75,6 +75,7 @@ mt --method mt
 uamt --method uamt
 sassnet --method sassnet
 tcsm --method tcsm
+bcp --method bcp
 RUNS
     done
     exec .venv/bin/python metrics.py compare "$out"/*/ \

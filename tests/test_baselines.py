@@ -239,6 +239,53 @@ def test_transformation_consistency_vanishes_where_the_network_commutes_and_has_
     assert loss > 1e-4 and conv.weight.grad.abs().max() > 0
 
 
+# ---- BCP
+
+
+def mix_loss(logits, label, mask):
+    """Dice and cross-entropy of the voxels in `mask`, as Bai et al. have them: each half, samples and classes alike."""
+    p, t = (x * mask[:, None] for x in (logits.softmax(1), F.one_hot(label.long(), 3).movedim(-1, 1)))
+    dice = ((2 * p * t).sum((2, 3, 4)) + 1e-5) / ((p + t).sum((2, 3, 4)) + 1e-5)
+    ce = (F.cross_entropy(logits, label.long(), reduction="none") * mask).sum() / mask.sum()
+    return (1 - dice.mean() + ce) / 2
+
+
+@pytest.mark.parametrize("iteration", [0, 23, 24, 99])  # of 204, 24 are pre-training
+def test_step_of_bidirectional_copy_paste_written_out(iteration, monkeypatch):
+    nets, optimizers, batch, cfg = players("bcp", iteration, 204)
+    student, teacher = copy.deepcopy(nets)
+    box = torch.zeros(2, 16, 16, 16, dtype=torch.bool)
+    box[0, 3:13, :10, 6:], box[1, 6:, 2:12, 1:11] = True, True
+    monkeypatch.setattr(baselines, "random_box", lambda x: box)
+    scalars = COMPARISONS["bcp"].step(nets, optimizers, batch, cfg)
+    x_l, y_l, x_u = batch["x_l"], batch["y_l"], batch["x_u"]
+    if iteration < 24:
+        x_u, y_u, weight = x_l[[1, 0]], y_l[[1, 0]], 1
+    else:
+        y_u, weight = teacher(x_u).argmax(1), 0.5
+        y_u = torch.stack([baselines.largest_component(label) for label in y_u])
+    m = box[:, None].float()
+    first, second = student(x_l * (1 - m) + x_u * m), student(x_u * (1 - m) + x_l * m)
+    loss_l = mix_loss(first, y_l, ~box) + mix_loss(second, y_l, box)
+    loss_u = mix_loss(first, y_u, box) + mix_loss(second, y_u, ~box)
+    (loss_l + weight * loss_u).backward()
+    reciprocal.make_optimizer(cfg, student).step()
+    torch.testing.assert_close(nets[0].state_dict(), student.state_dict(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scalars, dict(loss_l=loss_l.detach(), loss_u=loss_u.detach()))
+    decay = {0: 0, 23: 0, 24: 0, 99: 1 - 1 / 76}[iteration]
+    for old, new, p in zip(weights(teacher), weights(nets[1]), weights(nets[0]), strict=True):
+        torch.testing.assert_close(new, decay * old + (1 - decay) * p)
+
+
+def test_largest_component_of_each_class():
+    label = torch.zeros(6, 5, 4, dtype=torch.uint8)
+    label[0, 0, :3], label[2, 2, :2], label[5, 4, 3] = 1, 1, 3  # no class 2
+    label[1, 1, 3] = 1  # touches the first by an edge alone
+    kept = baselines.largest_component(label.clone())
+    assert torch.equal(kept.nonzero(), torch.tensor([[0, 0, 0], [0, 0, 1], [0, 0, 2], [5, 4, 3]]))
+    assert torch.equal(kept[kept > 0], label[kept > 0]) and not baselines.largest_component(0 * label).any()
+
+
 # ---- SASSNet
 
 
@@ -392,7 +439,7 @@ def test_as_many_patches_as_the_reciprocal_run(monkeypatch):
         assert 3 * lower.iterations == spent
 
 
-@pytest.mark.parametrize("method", ["mt", "uamt", "sassnet", "tcsm"])
+@pytest.mark.parametrize("method", ["mt", "uamt", "sassnet", "tcsm", "bcp"])
 def test_a_run_ends_in_its_table_and_its_checkpoint_predicts(method, tmp_path, capsys, monkeypatch):
     """And what a gradient comes back from is channels_last: `contiguous` leaves the strides of one channel alone."""
     run, forward, strides = tmp_path / "run", reciprocal.VNet.forward, set()

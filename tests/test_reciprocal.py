@@ -23,7 +23,7 @@ import kernels.dice
 import metrics
 import reciprocal
 import record
-from baselines import COMPARISONS, descend, random_box
+from baselines import COMPARISONS, descend, random_box, restore
 from cli import BadInput
 from cli import cli as exit_status
 from reciprocal import NETWORKS, Config, VNet, exam, reciprocal_step, segment, stages, supervised_step
@@ -340,7 +340,7 @@ def test_an_optimizer_from_a_checkpoint_computes_as_its_device_does(optimizer):
     saved = reciprocal.make_optimizer(cfg, net).state_dict()
     saved["param_groups"][0] |= dict(fused=True, lr=0.5)  # a run on a GPU
     restored = reciprocal.make_optimizer(cfg, net)
-    reciprocal.restore(restored, saved)
+    restore(restored, saved)
     assert restored.param_groups[0]["lr"] == 0.5 and not restored.param_groups[0]["fused"]
     own = reciprocal.make_optimizer(cfg, net).defaults
     assert (own.get("momentum"), own["weight_decay"]) == ((0.9, 1e-4) if optimizer == "sgd" else (None, 0))
@@ -803,6 +803,8 @@ def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path, capsys):
     ("--method sassnet --depth 1 --patch 16 8 16", "at least 16"),
     ("--depth 4 --patch 16 16 16 --batch-l 1", "a single voxel at depth 4, a batch of 1"),
     ("--depth 4 --patch 16 16 16 --batch-u 1 --method mt", "a single voxel at depth 4, a batch of 1"),
+    ("--depth 4 --patch 16 16 16 --batch-l 1 --batch-u 1 --method bcp", "a single voxel at depth 4, a batch of 1"),
+    ("--batch-l 1 --method bcp", "--batch-l 1, --batch-u 2: bcp mixes as many of each"),
     ("--voxel 1 1 -1", "--voxel"),
     ("--voxel 1 nan 1", "--voxel"),
     ("--voxel 0 0 1e-30", "--voxel"),
