@@ -82,6 +82,12 @@ def exchange_boxes(x: Tensor, y: Tensor, x2: Tensor, y2: Tensor) -> list[Tensor]
     return [images[0], torch.where(box, y2, y), images[1], torch.where(box, y, y2)]
 
 
+def cutmix(batch: dict, cfg) -> Sequence[Tensor]:
+    """x_l and y_l; with `--cutmix` each patch has a box of another (Yun et al., ICCV 2019)."""
+    x, y = batch["x_l"], batch["y_l"]
+    return exchange_boxes(x, y, x.flip(0), y.flip(0))[:2] if cfg.cutmix else (x, y)
+
+
 def largest_component(label: Tensor) -> Tensor:
     """Of a label (D, H, W) each foreground class's largest component alone, in place; voxels with a common face are
     connected. Found on the host."""
@@ -94,7 +100,8 @@ def largest_component(label: Tensor) -> Tensor:
 
 
 def supervised_step(nets: list[nn.Module], optimizers: list[Optimizer], batch: dict, cfg) -> dict[str, Tensor]:
-    loss_l = named_loss(cfg.supervised_loss, nets[0](batch["x_l"]), batch["y_l"])
+    x_l, y_l = cutmix(batch, cfg)
+    loss_l = named_loss(cfg.supervised_loss, nets[0](x_l), y_l)
     descend(optimizers[0], loss_l)
     return {"loss_l": loss_l.detach()}
 
@@ -107,10 +114,10 @@ def averaged_step(nets, optimizers, batch: dict, cfg, consistency: Callable) -> 
     its optimizer never steps; its batch-norm statistics are of what it sees itself.)
 
     consistency(probs of the student (B_l + B_u, classes, D, H, W), x (B_l + B_u, C, D, H, W), teacher) is a scalar."""
-    student, teacher = nets
-    x = torch.cat([batch["x_l"], batch["x_u"]])
+    (student, teacher), (x_l, y_l) = nets, cutmix(batch, cfg)
+    x = torch.cat([x_l, batch["x_u"]])
     logits = student(x)  # (B_l + B_u, classes, D, H, W)
-    loss_l = named_loss(cfg.supervised_loss, logits[: len(batch["x_l"])], batch["y_l"])
+    loss_l = named_loss(cfg.supervised_loss, logits[: len(x_l)], y_l)
     loss_u = consistency(logits.softmax(1), x, teacher)
     descend(optimizers[0], loss_l + 0.1 * ramp(batch, stairs=40) * loss_u)
     follow(teacher, student, batch["iteration"])
@@ -244,12 +251,12 @@ class Discriminator(nn.Module):
 def sassnet_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
     """The student predicts classes and signed distance maps, and the discriminator learns to tell from the maps
     which patches have labels, while the student learns to make those of unlabeled patches look labeled."""
-    student, discriminator = nets
-    n, x = len(batch["x_l"]), torch.cat([batch["x_l"], batch["x_u"]])
+    (student, discriminator), (x_l, y_l) = nets, cutmix(batch, cfg)
+    n, x = len(x_l), torch.cat([x_l, batch["x_u"]])
     logits, maps = student(x).tensor_split([student.classes], 1)
     maps = maps.tanh()  # (B_l + B_u, classes - 1, D, H, W)
-    loss_l = named_loss("dice", logits[:n], batch["y_l"])
-    loss_map = F.mse_loss(maps[:n], signed_distance(batch["y_l"], maps.shape[1]))
+    loss_l = named_loss("dice", logits[:n], y_l)
+    loss_map = F.mse_loss(maps[:n], signed_distance(y_l, maps.shape[1]))
     labeled = (torch.arange(len(x), device=x.device) < n).long()
     judged = discriminator.eval()(maps[n:], batch["x_u"])  # without its dropout
     loss_u = F.cross_entropy(judged, torch.ones_like(labeled[n:]))

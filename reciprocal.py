@@ -9,8 +9,8 @@ MICCAI 2021, and its successor, Medical Physics 50(1):163-177, 2023.
     python reciprocal.py --resume runs/mine                  go on where it stopped
     python reciprocal.py predict -i scans/ -o masks/ --checkpoint runs/mine
 
-To learn, read `reciprocal_step` first; the rest is in reading order: Config, the network, the step, inference, training,
-the report, the command line.
+To learn, read `reciprocal_step` first; the rest is in reading order: Config, the network, the step, inference,
+training, the report, the command line.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import data
 import devices
 import metrics
 import record
-from baselines import COMPARISONS, descend, exchange_boxes, gradients_of, named_loss, supervised_step, update
+from baselines import COMPARISONS, cutmix, descend, exchange_boxes, gradients_of, named_loss, supervised_step, update
 from cli import BadInput, Parser, add_flags, cli, flag, make_folder
 from data import PRESETS
 from devices import Pointwise, Unit
@@ -62,6 +62,7 @@ class Config:
     supervised_loss: str = flag("dice+ce", "loss of `supervised` and of pre-training", ("ce", "dice", "dice+ce"))
     lesson: str = flag("both", "the student's patches: unlabeled, labeled too, a mix", ("pseudo", "both", "mixed"))
     student_start: str = flag("pretrained", "the student's weights at the start", ("random", "pretrained"))
+    cutmix: bool = flag(False, "labeled patches exchange boxes: in pre-training, for the teacher, in methods but bcp")
     feedback: str = flag("scalar", "h: the authors' lr * <g_u, g_l>; the measured fall of the exam loss; two controls, "
                          "the scalar with a random sign, and none", ("scalar", "difference", "shuffled", "off"))
     iterations: int = flag(6000, "reciprocal steps")
@@ -227,7 +228,8 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
         feedback = loss_before - loss_exam
 
     # 4. The teacher: the labels and the feedback. Its gradient is linear in both, so one backward serves them.
-    loss_t = loss_l = loss(teacher(batch["x_l"]), batch["y_l"])
+    x_l, y_l = cutmix(batch, cfg)
+    loss_t = loss_l = loss(teacher(x_l), y_l)
     scalars["loss_l"] = loss_l
     if cfg.feedback != "off":
         loss_t = loss_l + feedback * named_loss("ce", t_logits_u, pseudo_label)

@@ -221,7 +221,8 @@ def title(config: dict) -> str:
     other = [key for key in ("lesson", "feedback") if config[key] != data.PRESETS[config["preset"]][key]]
     preset += "".join(f", {key} {config[key]}" for key in other if preset)
     synthetic = ", synthetic data" * (config["data"] == "phantom")
-    return f"{Path(config['data']).name} {config['method']}{preset}, seed {config['seed']}{synthetic}"
+    cutmix = ", cutmix" * config["cutmix"]
+    return f"{Path(config['data']).name} {config['method']}{preset}{cutmix}, seed {config['seed']}{synthetic}"
 
 
 def lower_bounds(summary: dict, run: Path) -> list[dict]:

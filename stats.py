@@ -88,7 +88,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 IDLE = {"seed", "out", "root", "device", "compile", "graph", "windows", "deterministic", "log_every", "eval_every",
         "eval_cases", "save_every"}  # fmt: skip
 UNUSED = {"preset", "loss", "lesson", "student_start", "feedback", "teacher_from", "iterations", "pretrain", "budget"}
-BEFORE = {"voxel": [0.0, 0.0, 0.0], "sync_norm": False}  # fields that older runs lack, and what they did
+BEFORE = {"voxel": [0.0, 0.0, 0.0], "sync_norm": False, "cutmix": False}  # what runs did that lack these fields
 OWN = UNUSED | {"method", "labeled", "lr_step"}
 PAIRS = 6  # of 5 pairs the smallest two-sided p of Wilcoxon's test is 2 / 2**5, above 0.05
 

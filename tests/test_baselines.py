@@ -100,6 +100,22 @@ def test_a_random_box_lies_anywhere_in_the_patch_and_has_two_thirds_of_each_side
     assert len(set(zip(*(start.tolist() for start in starts), strict=True))) == 5 * 4 * 4  # in any combination
 
 
+@pytest.mark.parametrize("method", ["supervised", *AVERAGED, "sassnet"])
+def test_cutmix_is_a_step_on_labeled_patches_with_boxes_of_each_other(method, monkeypatch):
+    found = []
+    for cutmix in (True, False):
+        nets, optimizers, batch, cfg = players(method, cutmix=cutmix)
+        box = torch.zeros(2, 16, 16, 16, dtype=torch.bool)
+        box[0, 3:13, :10, 6:], box[1, 6:, 2:12, 1:11] = True, True
+        monkeypatch.setattr(baselines, "random_box", lambda x, box=box: box)
+        if not cutmix:  # the same by hand
+            x, y = batch["x_l"].clone(), batch["y_l"].clone()
+            batch["x_l"][box[:, None]], batch["y_l"][box] = x[[1, 0]][box[:, None]], y[[1, 0]][box]
+        torch.manual_seed(1)
+        found.append((COMPARISONS[method].step(nets, optimizers, batch, cfg), nets[0].state_dict()))
+    torch.testing.assert_close(*found)
+
+
 def test_noise_is_clamped_and_has_its_deviation():
     noise = baselines.noisy(torch.zeros(100_000))
     assert noise.abs().max() == pytest.approx(0.2) and 0.094 < noise.std() < 0.098  # of a normal cut at 2 deviations

@@ -187,11 +187,12 @@ def networks_and_batch(dropout=False):
     return nets, batch | {name: torch.randint(3, (2, 4, 6, 8)) for name in ("y_l", "y_s")}
 
 
-@pytest.mark.parametrize("preset,lesson", [("paper", "pseudo"), ("strong", "both"), ("strong", "mixed")])
-def test_step_equals_the_formulas_written_out(preset, lesson):
+@pytest.mark.parametrize("preset,lesson,cutmix", [("paper", "pseudo", False), ("strong", "both", False),
+                                                  ("strong", "both", True), ("strong", "mixed", True)])
+def test_step_equals_the_formulas_written_out(preset, lesson, cutmix):
     """One summed backward equals two, and autograd.grad equals backward passes with copies, as in the authors' form:
-    both networks after one step of momentum SGD with weight decay."""
-    cfg = replace(Config(), **reciprocal.PRESETS[preset] | dict(lesson=lesson), lr=1.0)
+    both networks after one step of momentum SGD with weight decay. CutMix is the teacher's; the exam has none."""
+    cfg = replace(Config(), **reciprocal.PRESETS[preset] | dict(lesson=lesson), cutmix=cutmix, lr=1.0)
     (teacher, student), batch = networks_and_batch()
     slow_t, slow_s = copy.deepcopy(teacher), copy.deepcopy(student)
     optimizers = [reciprocal.make_optimizer(cfg, net) for net in (teacher, student)]
@@ -218,8 +219,8 @@ def test_step_equals_the_formulas_written_out(preset, lesson):
     t_logits_u = slow_t(batch["x_u"])
     pseudo_label = t_logits_u.argmax(1)
     x_u, y_u, x_s, y_s = (x.clone() for x in (batch["x_u"], pseudo_label, batch["x_s"], batch["y_s"]))
+    torch.manual_seed(1)
     if lesson == "mixed":
-        torch.manual_seed(1)
         box = random_box(x_u)
         x_u[box[:, None]], y_u[box] = batch["x_s"][box[:, None]], batch["y_s"][box]
         x_s[box[:, None]], y_s[box] = batch["x_u"][box[:, None]], pseudo_label[box]
@@ -230,8 +231,11 @@ def test_step_equals_the_formulas_written_out(preset, lesson):
     with exam(slow_s):
         g_l = gradients(slow_s, loss(slow_s(batch["x_l"]), batch["y_l"]))
     h = cfg.lr * sum((u * v).sum() for u, v in zip(g_u, g_l, strict=True))
-    step(slow_t, gradients(slow_t, loss(slow_t(batch["x_l"]), batch["y_l"]),
-                           h.detach() * F.cross_entropy(t_logits_u, pseudo_label)))
+    x_l, y_l = batch["x_l"].clone(), batch["y_l"].clone()
+    if cutmix:
+        box = random_box(x_l)
+        x_l[box[:, None]], y_l[box] = batch["x_l"][[1, 0]][box[:, None]], batch["y_l"][[1, 0]][box]
+    step(slow_t, gradients(slow_t, loss(slow_t(x_l), y_l), h.detach() * F.cross_entropy(t_logits_u, pseudo_label)))
     torch.testing.assert_close(scalars["feedback"], h, rtol=1e-4, atol=1e-9)
     for fast, slow in ((teacher, slow_t), (student, slow_s)):
         torch.testing.assert_close(fast.state_dict(), slow.state_dict(), rtol=1e-3, atol=1e-5)
@@ -299,8 +303,8 @@ def test_step_never_waits_for_the_device(monkeypatch):
     optimizers = [reciprocal.make_optimizer(Config(), net) for net in nets]
     for name in ("item", "tolist", "cpu", "__bool__", "__float__", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, forbidden)
-    for lesson in ("both", "mixed"):
-        reciprocal_step(nets, optimizers, batch, replace(Config(), lesson=lesson))
+    for lesson, cutmix in (("both", False), ("mixed", True)):
+        reciprocal_step(nets, optimizers, batch, replace(Config(), lesson=lesson, cutmix=cutmix))
     supervised_step(nets[:1], optimizers[:1], batch, Config())
 
 
@@ -308,7 +312,7 @@ def test_step_never_waits_for_the_device(monkeypatch):
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("step,changes", [
-    (supervised_step, {}), (reciprocal_step, dict(lesson="mixed")),
+    (supervised_step, {}), (reciprocal_step, dict(lesson="mixed", cutmix=True)),
     *((reciprocal_step, dict(feedback=feedback)) for feedback in ("scalar", "difference", "off"))])
 def test_a_graph_computes_what_the_step_does(step, changes, optimizer, amp, request):
     """Captured at the fourth call and replayed at five others, on new patches, learning rates, boxes and dropout."""
