@@ -304,7 +304,7 @@ class Method:
     maps: bool = False  # its V-Nets have a signed distance map for each foreground class
     patch: int = 1  # the fewest voxels a side of a patch may have
     alone: bool = False  # a network sees the unlabeled patches by themselves
-    pairs: bool = False  # labeled and unlabeled patches are mixed in pairs: batch_l is batch_u
+    pairs: bool = False  # takes batch_u labeled patches as well, to mix them in pairs
 
 
 COMPARISONS = {

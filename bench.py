@@ -59,14 +59,14 @@ def interleave(contestants: dict[str, Callable[[], object]], rounds: int, device
     is as many calls as take 0.2 s, 20 at most, so that on a GPU waiting for the last of them does not count."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     calls = dict.fromkeys(contestants, 1)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    wait = dict(cuda=lambda: torch.cuda.synchronize(device), mps=torch.mps.synchronize).get(device.type, lambda: None)
     for turn in range(-2, rounds):
         for name, call in contestants.items():
-            wait(device)
+            wait()
             start = time.perf_counter()
             for _ in range(calls[name]):
                 call()
-            wait(device)
+            wait()
             took = 1000 * (time.perf_counter() - start) / calls[name]
             if turn < 0:
                 calls[name] = int(np.clip(200 / took, 1, 20))
@@ -215,7 +215,7 @@ def differing(name: str, label: np.ndarray, probs: np.ndarray, tie: float) -> in
     """How many voxels are labeled otherwise than by the greatest of `probs`; BadInput where that is no tie."""
     second, best = np.sort(probs, 0)[-2:]
     differ = label != probs.argmax(0)
-    if wrong := int((differ & (best - second > tie)).sum()):
+    if wrong := int((differ & ~(best - second <= tie)).sum()):  # NaN is no tie
         raise BadInput(f"{name}: {wrong} of {label.size} voxels have another label; nothing is timed")
     return int(differ.sum())
 

@@ -11,9 +11,9 @@
 #     reciprocal-SEED supervised-SEED off-SEED       for each of SEEDS the left atrium at 20% labeled with the recipe's
 #                                                    settings: reciprocal learning, supervised, and the first with
 #                                                    --feedback off; runs of reciprocal.py in OUT/PART
-# A call ends within LIMIT seconds, and starts no part in the last MARGIN of them. The next one skips the parts that
-# are done (OUT/PART.done), goes on with a training from its checkpoint, and begins again what else was cut off. What
-# failed, or was cut off twice, is not tried again (OUT/PART.failed) unless it is named.
+# A call starts no part in the last MARGIN of LIMIT seconds, stops what runs after LIMIT, packs and ends. The next one
+# skips the parts that are done (OUT/PART.done), goes on with a training from its checkpoint, and begins again what else
+# was cut off. What failed, or was cut off twice, is not tried again (OUT/PART.failed) unless it is named.
 # Exit status: 0 all is done, 3 call again, 1 a part failed (the others were done), 2 no such part or no such device.
 #
 # Every call leaves in OUT/keep what is worth carrying away, in files of 15 MiB at most:
@@ -42,6 +42,7 @@ LA=$(realpath -m "${LA:-data/la}")
 cd "$(dirname "$0")" || exit
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 limit=${LIMIT:-500} margin=${MARGIN:-120} device=${DEVICE:-cuda}
+[ "$limit" -gt "$margin" ] || { echo "error: LIMIT $limit: more than MARGIN $margin, or no part would begin" >&2; exit 2; }
 read -ra bench_args <<<"${BENCH_ARGS:-}"
 train_args=(--data la --root "$LA" --labeled 0.2)
 [ -z "${TRAIN_ARGS:-}" ] || read -ra train_args <<<"$TRAIN_ARGS"

@@ -120,8 +120,6 @@ class Config:
                            f"2 ** depth, and at least {least}; choose such sides or a smaller --depth")
         if self.batch_l % devices.WORLD or self.batch_u % devices.WORLD:
             raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: no multiple of {devices.WORLD} ranks")
-        if method and method.pairs and self.batch_l != self.batch_u:
-            raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: {self.method} mixes as many of each")
         alone = min(self.batch_l, self.batch_u) if not method else self.batch_u if method.alone else 0
         if alone == devices.WORLD and max(self.patch) == side and not self.sync_norm:
             raise BadInput(f"--patch: a single voxel at depth {self.depth}, a batch of 1: no variance; enlarge either")
@@ -322,6 +320,7 @@ def stages(cfg: Config) -> list[Stage]:
         # a step's patches are x_l and x_u of the teacher, x_u and x_s of the student, x_l of its exam
         more = 2 + main.patches.get("s", 0) / sum(sizes.values()) if cfg.budget == "patches" else 1
         total = sum(stage.iterations for stage in pretrain) + round(more * main.iterations)
+        sizes |= dict(l=cfg.batch_u) if method.pairs else {}
         return [Stage(cfg.method, method.step, method.nets, total, sizes if method.unlabeled else supervised)]
     needed = dict(teacher=not cfg.teacher_from, student=cfg.student_start == "pretrained" and not cfg.student_from)
     pretrain = [Stage(f"pre-training of the {name}", supervised_step, (name,), cfg.pretrain, supervised)

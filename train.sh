@@ -35,14 +35,19 @@ if [ "${1:-}" = compare ]; then
 import sys
 
 import reciprocal
+from baselines import COMPARISONS
 from cli import BadInput, cli
 
 def longer():
     flags = vars(reciprocal.train_parser().parse_args(sys.argv[1:]))
-    for name in ("method", "preset", "lesson", "feedback", "budget", "seed", "out", "resume"):
+    for name in ("method", "preset", "lesson", "feedback", "student_start", "teacher_from", "student_from", "budget",
+                 "seed", "out", "resume"):
         if flags.get(name) is not None:
+            name = name.replace("_", "-")
             raise BadInput(f"--{name} is for this script to set: it makes all the runs of a table, seeds SEEDS='1 2 3'")
     flags.pop("resume")
+    for method in COMPARISONS:
+        reciprocal.configure(flags | dict(method=method))  # before the first run
     cfg = reciprocal.configure(flags)
     more = cfg.iterations + cfg.pretrain
     print(f"--iterations {more} --lr-step {max(1, cfg.lr_step * more // max(1, cfg.iterations))}")
@@ -65,6 +70,7 @@ PYTHON
         done <<RUNS
 reciprocal
 reciprocal-mixed --lesson mixed
+reciprocal-mixed-cutmix --lesson mixed --cutmix
 reciprocal-off --feedback off
 reciprocal-shuffled --feedback shuffled
 reciprocal-paper --preset paper $longer

@@ -436,6 +436,8 @@ def test_all_methods_have_the_iterations_of_the_whole_reciprocal_run(method):
     cfg = replace(Config(), method=method, iterations=30, pretrain=40)
     (stage,) = reciprocal.stages(cfg)
     assert stage.iterations == 110 and sum(stage.patches.values()) == cfg.batch_l + cfg.batch_u
+    (stage,) = reciprocal.stages(replace(cfg, batch_l=1, batch_u=3))
+    assert stage.patches == dict(supervised=dict(l=4), bcp=dict(l=3, u=3)).get(method, dict(l=1, u=3))
 
 
 def test_as_many_patches_as_the_reciprocal_run(monkeypatch):

@@ -1,10 +1,12 @@
 """The benches: what they count is right, and nothing is timed that computes something else."""
 
+import copy
 import itertools
 import json
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,7 +42,7 @@ def run(monkeypatch, tmp_path):
 
     def run(arguments: str):
         path = tmp_path / "rows.json"
-        monkeypatch.setattr("sys.argv", ["bench.py", *shlex.split(f"{arguments} {TINY} --json {path}")])
+        monkeypatch.setattr("sys.argv", ["bench.py", *shlex.split(f"{TINY} {arguments} --json {path}")])
         return cli.cli(bench.main), json.loads(path.read_text()) if path.exists() else None
 
     return run
@@ -67,12 +69,24 @@ def test_the_counted_operations_are_those_of_the_network(patch, filters, depth):
         assert round(multiplications(patch, filters, depth) / 1e9, 1) == 40.1
 
 
-def test_train(run):
-    status, result = run("train --batch 2 --dtype bfloat16")
+def test_train(run, monkeypatch, capsys):
+    right, steps = reciprocal.reciprocal_step, []
+
+    def spy(nets, *others):
+        channels_last = nets[0].down[0][0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+        steps.append((channels_last, torch.is_autocast_enabled("cpu"), nets[0].training))
+        return right(nets, *others)
+
+    monkeypatch.setattr(reciprocal, "reciprocal_step", spy)
+    status, result = run("train --batch 2 --dtype bfloat16 --depth 1 --rounds 2")
+    assert list(dict.fromkeys(steps)) == [(False, False, True), (True, False, True), (True, True, True)]
+    row = result["rows"][1]
+    told = f"{row['ms']:.3f} ms  [{row['low']:.3f}, {row['high']:.3f}]  ratio {row['ratio']:.3f}  samples_per_s "
+    assert row["low"] < row["ms"] < row["high"] and told in capsys.readouterr().out
     floors = {row["name"]: row["ms"] for row in result["rows"][4:]}
     assert status == 0 and result["rows"][0]["ratio"] == 1 and list(floors) == ["floor, float32", "floor, bfloat16"]
     # four forward passes of two patches, their backward passes twice as much but for the gradient of the input
-    flops = 2 * 8 * (3 * multiplications((16, 16, 16), 2, 2) - 27 * 2 * 16**3)
+    flops = 2 * 8 * (3 * multiplications((16, 16, 16), 2, 1) - 27 * 2 * 16**3)
     for row in result["rows"]:
         assert np.isclose(row["tflop_per_s"] * row["ms"] * 1e9, flops)
         assert np.isclose(row["samples_per_s"] * row["ms"], 4000)
@@ -82,11 +96,30 @@ def test_train(run):
     assert result["arguments"]["patch"] == "[16, 16, 16]" and result["arguments"]["batch"] == "2"
 
 
-def test_train_refuses_another_feedback(run, monkeypatch, capsys):
+@pytest.mark.parametrize("wrong, bf16", [(float("nan"), 1), (1.1, 1), (1, float("nan")), (1, 3)])
+def test_train_refuses_another_feedback(run, monkeypatch, capsys, wrong, bf16):
     step = reciprocal.reciprocal_step
-    monkeypatch.setattr(reciprocal, "reciprocal_step", lambda *a: {"feedback": 1.1 * step(*a)["feedback"]})
-    assert run("train --batch 2") == (2, None)
-    assert "ours, contiguous: the first feedback is" in capsys.readouterr().err
+    monkeypatch.setattr(reciprocal, "reciprocal_step", lambda *a: {
+        "feedback": step(*a)["feedback"] * (bf16 if torch.is_autocast_enabled("cpu") else wrong)})
+    assert run("train --batch 2 --dtype bfloat16") == (2, None)
+    name = "ours, contiguous" if wrong != 1 else "ours, bf16"
+    assert f"{name}: the first feedback is" in capsys.readouterr().err
+
+
+def test_the_authors_step_is_ours():
+    """The feedback and what two steps make of both networks, in float64."""
+    cfg = reciprocal.Config(**reciprocal.PRESETS["paper"], dropout=False, lr=0.1)
+    start, batch = [VNet(1, 2, 2, 2).double() for _ in range(2)], {}
+    for name in ("x_l", "x_u"):
+        batch[name] = torch.randn(2, 1, 16, 16, 16, dtype=torch.float64)
+    batch["y_l"] = (batch["x_l"][:, 0] > 0).byte()
+    results = []
+    for step in (peers.authors_step, reciprocal.reciprocal_step):
+        nets = copy.deepcopy(start)
+        optimizers = [reciprocal.make_optimizer(cfg, net) for net in nets]
+        feedback = [step(nets, optimizers, batch, cfg)["feedback"].item() for _ in range(2)]
+        results.append((feedback, [dict(net.named_parameters()) for net in nets]))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
 def test_networks_that_do_not_compile_are_left_out(run, monkeypatch, capsys):
@@ -99,9 +132,13 @@ def test_networks_that_do_not_compile_are_left_out(run, monkeypatch, capsys):
     assert "ours, compiled: left out, no compiler\n" in capsys.readouterr().out
 
 
-def test_infer(run):
+def test_infer(run, monkeypatch):
+    right, asked = reciprocal.predict_label, []
+    monkeypatch.setattr(reciprocal, "predict_label", lambda net, case, cfg: asked.append(cfg) or right(net, case, cfg))
     status, result = run("infer --volume 20 24 16 --stride 4 8 8")
     assert status == 0 and {row.get("voxels_differ") for row in result["rows"][:3]} <= set(range(20))
+    assert list(dict.fromkeys((cfg.windows, *cfg.patch, *cfg.stride) for cfg in asked)) == [
+        (n, 16, 16, 16, 4, 8, 8) for n in (1, reciprocal.Config.windows)]
     windows = 2 * 2 * 1
     for row in result["rows"]:
         assert np.isclose(row["tflop_per_s"] * row["ms"] * 1e9, windows * 2 * multiplications((16, 16, 16), 2, 2))
@@ -130,11 +167,22 @@ def test_only_ties_may_be_labeled_otherwise():
         bench.differing("wrong", np.uint8([1, 1, 1]).reshape(3, 1, 1), probs, 1e-3)
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), 3.5])
-def test_surface_refuses_other_distances(run, monkeypatch, capsys, wrong):
-    monkeypatch.setattr(metrics, "score", lambda *masks: dict(asd=wrong, hd95=wrong))
+@pytest.mark.parametrize("key, wrong", [("asd", float("nan")), ("asd", 0.2087), ("hd95", 1.001)])
+def test_surface_refuses_other_distances(run, monkeypatch, capsys, key, wrong):
+    monkeypatch.setattr(metrics, "score", lambda *masks: peers.by_scipy(*masks) | {key: wrong})
+    assert 0.2 < peers.by_scipy(*bench.blobs((16, 16, 16)))["asd"] < 0.2087
     assert run("surface") == (2, None)
     assert "ours, CPU: another distance" in capsys.readouterr().err
+
+
+def test_the_peers_scores_are_ours():
+    """Of masks that differ more than those of the bench."""
+    prediction, label = bench.blobs((24, 24, 24))
+    prediction = np.roll(prediction, (4, 1), (1, 2)) & (np.arange(24) < 14)
+    expected = metrics.score(prediction, label)
+    for peer in peers.by_medpy, peers.by_scipy:
+        found = peer(prediction, label)
+        assert found == pytest.approx({key: expected[key] for key in found}) and found["hd95"] > 2
 
 
 def test_a_peer_that_fails_is_left_out(run, monkeypatch, capsys):
@@ -153,24 +201,63 @@ def test_dice_refuses_other_gradients(run, monkeypatch, capsys, wrong):
     assert "another gradient" in capsys.readouterr().err
 
 
+def test_all_the_gradients_that_are_asked_for_are_compared():
+    """Here the second alone is wrong."""
+    args = SimpleNamespace(device=torch.device("cpu"), rounds=1)
+    inputs = [torch.randn(9, requires_grad=True) for _ in range(2)]
+    others = {"other": (lambda x, weight: x * weight + weight, 1e-2)}
+    with pytest.raises(cli.BadInput, match="other: another gradient"):
+        bench.against_bytes(args, None, torch.mul, inputs, None, 1, checked=2, others=others)
+
+
+@pytest.mark.parametrize("arguments, moved", [  # bytes a voxel, as the kernels' files count them, of 2 channels
+    ("dice --classes 3", 3 * 3 * 4 + 2), ("dice --dtype bfloat16", 3 * 2 * 2 + 2), ("norm", 8 * 2 * 4),
+    ("conv --dtype bfloat16", 6 * 2 * 2)])
+def test_the_floor_is_the_bytes_at_the_speed_of_a_copy(run, monkeypatch, arguments, moved):
+    for module, ours in (bench, "dice_ce"), (bench.norm, "norm_relu"), (bench.conv, "convolve"):
+        monkeypatch.setattr(module, ours, None)  # on a CPU the reference is measured, and not ours as the reference
+    monkeypatch.setattr(bench.time, "perf_counter", itertools.count().__next__)  # each turn takes a second
+    for row in run(f"{arguments} --batch 1")[1]["rows"]:
+        assert row["gb_per_s"] == pytest.approx(moved * 16**3 / 1e9)
+        assert row["share_of_floor"] == pytest.approx(moved * 16**3 / 2**29)  # 256 MiB are read and written
+
+
+def test_the_floor_is_the_operations_at_the_speed_of_a_product(run, monkeypatch):
+    monkeypatch.setattr(bench.time, "perf_counter", itertools.count().__next__)
+    rows = run("train --batch 2")[1]["rows"]
+    share = rows[0]["tflop_per_s"] * 1e12 / (2 * 1024**3)
+    for key, factor in dict(ms=1000, low=1000, high=1000, ratio=1).items():
+        assert rows[-1][key] == pytest.approx(factor * share)
+
+
+@pytest.mark.parametrize("arguments", ["train --batch 0", "infer --volume 20 0 16", "train --rounds 0",
+                                       "dice --classes 1", "dice --classes 257", "surface --patch 7 8 8", "conv"])
+def test_sizes_that_measure_nothing_are_refused(run, arguments):
+    assert run(arguments) == (2, None)
+
+
 @pytest.mark.parametrize("name", ["dice", "norm", "conv"])
 def test_the_rounding_of_bf16_is_accepted(run, name):
     assert run(f"{name} --batch 1 --dtype bfloat16")[0] == 0
 
 
 def test_a_turn_is_as_many_calls_as_fill_it(monkeypatch):
-    clock, calls = [0.0], dict(quick=0, slow=0)
+    """All of them in turn; the two rounds to warm up, which are slower here, do not count."""
+    clock, calls = [0.0], []
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
 
     def contestant(name, seconds):
         def call():
-            clock[0] += seconds
-            calls[name] += 1
+            clock[0] += next(seconds)
+            calls.append(name)
         return call
 
-    rows = bench.interleave(dict(quick=contestant("quick", 0.001), slow=contestant("slow", 1)), 3, torch.device("cpu"))
-    assert calls == dict(quick=1 + 4 * 20, slow=2 + 3)
-    assert [round(row["ms"], 6) for row in rows] == [1, 1000] and round(rows[1]["ratio"], 6) == 1000
+    seconds = dict(quick=itertools.repeat(0.001), slow=iter((30, 20, 1, 2, 3, 9, 10)))
+    both = {name: contestant(name, each) for name, each in seconds.items()}
+    quick, slow = bench.interleave(both, 5, torch.device("cpu"))
+    assert calls == ["quick", "slow"] + 6 * (20 * ["quick"] + ["slow"])
+    assert [quick[key] for key in ("ms", "low", "high", "ratio")] == pytest.approx([1, 1, 1, 1])
+    assert [slow[key] for key in ("ms", "low", "high", "ratio")] == pytest.approx([3000, 1800, 9200, 3000])
 
 
 def test_bench_gpu_skips_what_is_done_or_failed_and_stops_in_time(tmp_path):
@@ -183,15 +270,17 @@ def test_bench_gpu_skips_what_is_done_or_failed_and_stops_in_time(tmp_path):
     subprocess.run(["bash", "-n", ROOT / "bench_gpu.sh"], check=True)
     (tmp_path / "train.done").touch()
     assert call("train", PYTHON="false") == (0, f"all parts are done; results in {tmp_path}/keep\n")
-    assert call("train", "infer", LIMIT=100) == (3, "infer: not begun, 100 s are left\n")
+    asleep = tmp_path / "asleep"
+    asleep.write_text("#!/bin/sh\nexec sleep $SLEEP\n")
+    asleep.chmod(0o755)
+    status, text = call("norm-float32", "infer", PYTHON=asleep, SLEEP=2, LIMIT=9, MARGIN=8)
+    assert status == 3 and "norm-float32: status 0" in text and "\ninfer: not begun, " in text
+    assert call("infer", LIMIT=7, MARGIN=8) == (2, "error: LIMIT 7: more than MARGIN 8, or no part would begin\n")
     status, text = call("infer", "dice-float32-2", "train", PYTHON="false")
     assert status == 1 and text.endswith("failed: infer dice-float32-2\n")
     assert call("infer", PYTHON="true")[0] == 0 and (tmp_path / "infer.done").exists()
     assert not (tmp_path / "infer.failed").exists() and (tmp_path / "dice-float32-2.failed").exists()
-    asleep = tmp_path / "asleep"
-    asleep.write_text("#!/bin/sh\nexec sleep 60\n")
-    asleep.chmod(0o755)
-    assert [call("surface", PYTHON=asleep, LIMIT=2, MARGIN=1)[0] for _ in range(2)] == [3, 1]  # cut off twice
+    assert [call("surface", PYTHON=asleep, SLEEP=60, LIMIT=2, MARGIN=1)[0] for _ in range(2)] == [3, 1]  # cut off twice
     for part in ("tests", "surface-large", "dice-float32-14", "dice-bfloat16-2", "dice-bfloat16-14",
                  "norm-float32", "norm-bfloat16", "conv-bfloat16"):
         (tmp_path / f"{part}.done").touch()

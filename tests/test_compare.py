@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -245,18 +247,27 @@ def test_files(run, tmp_path, monkeypatch, capsys):
     assert files[2].read_bytes().startswith(b"\x89PNG") and files[2].stat().st_size > 10_000
 
 
-def test_what_the_picture_shows(run, monkeypatch, tmp_path):
-    """Each case of each method but the reference once, its mean, and the interval around it."""
+def test_what_the_picture_shows(monkeypatch):
+    """Each case of each method but the reference once, its mean, and the interval around it, a column a method."""
     figures = []
     monkeypatch.setattr(stats.report, "png", lambda figure: figures.append(figure) or b"")
-    drawn = {"supervised": (DICE[1] - DICE[0], dict(mean=-0.01, low=-0.02, high=0.01))}
+    drawn = {"supervised": (DICE[1] - DICE[0], dict(mean=-0.01, low=-0.02, high=0.01)),
+             "mt": (DICE[0] - 0.6, dict(mean=0.05, low=0.02, high=0.06))}
     stats.report.paired(drawn, "reciprocal (strong)", "title")
     (axis,) = figures[0].axes
-    dots = next(line for line in axis.lines if len(line.get_ydata()) == 8)
-    assert sorted(dots.get_ydata()) == pytest.approx(sorted(100 * (DICE[1] - DICE[0])))
-    ends = [y for collection in axis.collections for path in collection.get_paths() for y in path.vertices[:, 1]]
-    assert sorted(ends) == pytest.approx([-2, 1])
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["supervised"]
+    dots = [line for line in axis.lines if len(line.get_ydata()) == 8]
+    diamonds = [container[0].get_xydata()[0] for container in axis.containers]
+    bars = [container[2][0].get_paths()[0].vertices for container in axis.containers]
+    for x, (values, interval) in enumerate(drawn.values()):
+        assert sorted(dots[x].get_ydata()) == pytest.approx(sorted(100 * values))
+        mean, *ends = (100 * interval[key] for key in ("mean", "low", "high"))
+        assert diamonds[x][1] == pytest.approx(mean) and bars[x][:, 1] == pytest.approx(ends)
+        assert (axis.texts[x].get_text(), axis.texts[x].xy[1]) == (f"{mean:+.1f}", diamonds[x][1])
+        columns = [*dots[x].get_xdata(), diamonds[x][0], *bars[x][:, 0], axis.texts[x].xy[0]]
+        assert np.allclose(columns, x, atol=0.35)
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["supervised", "mt"]
+    assert [float(label.get_text()) for label in axis.get_yticklabels()] == [*axis.get_yticks()]
+    assert "reciprocal (strong)" in axis.get_ylabel() and axis.lines[0].get_ydata() == [0, 0]
 
 
 def test_synthetic_data_is_called_so(run, tmp_path, monkeypatch, capsys):
@@ -309,11 +320,20 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys):
         stats.compare([run(DICE[0]), run(DICE[0], data="la")])
 
 
-@pytest.mark.skipif(not (ROOT / ".venv/installed").exists(), reason="./train.sh would install its environment first")
+def ready() -> bool:
+    made, *given = (ROOT / name for name in (".venv/installed", "pyproject.toml", "constraints.txt"))
+    return made.exists() and made.stat().st_mtime >= max(path.stat().st_mtime for path in given)
+
+
+@pytest.mark.skipif(not ready(), reason="./train.sh would install its environment first")
 @pytest.mark.parametrize("arguments, message", [
     ([], "give a folder for the runs"), (["OUT", "--patches", "3"], "--patches"),
     (["OUT", "--patch", "3", "3", "3"], "each side must be a multiple of"),
     (["OUT", "--data", "phantom", "--method", "mt"], "--method is for this script"),
+    (["OUT", "--lesson", "mixed"], "--lesson is for this script"),
+    (["OUT", "--student-start", "random"], "--student-start is for this script"),
+    (["OUT", "--data", "phantom", "--patch", "8", "8", "8"], "at least 16"),  # for sassnet
+    (["OUT", "--seed", "2"], "--seed is for this script"),
     (["OUT", "--resume", "x"], "--resume is for this script")])
 def test_the_script_refuses_in_one_line_before_the_first_run(tmp_path, arguments, message):
     arguments = [str(tmp_path / word) if word == "OUT" else word for word in arguments]
@@ -321,6 +341,49 @@ def test_the_script_refuses_in_one_line_before_the_first_run(tmp_path, arguments
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_the_script_makes_each_run_once_and_goes_on(tmp_path):
+    """With a Python that notes what it is called for, but for what the script asks it before the first run."""
+    shutil.copy(ROOT / "train.sh", tmp_path)
+    python, out = tmp_path / ".venv" / "bin" / "python", tmp_path / "out"
+    python.parent.mkdir(parents=True)
+    (tmp_path / ".venv" / "installed").touch()
+    for name in ("mt-seed5/config.json", "reciprocal-seed7/.lock", "supervised-seed5/config.json",
+                 "supervised-seed5/summary.json"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+
+    def called(answer, status=0, *given, **variables):
+        (tmp_path / "calls").write_text("")
+        python.write_text(f'#!/bin/sh\n[ "$1" != - ] || {answer}\ncat >/dev/null\necho "$@" >>calls\nexit {status}\n')
+        python.chmod(0o755)
+        done = subprocess.run([tmp_path / "train.sh", "compare", "out", *given], stdin=subprocess.DEVNULL,
+                              env=os.environ | variables)
+        return done.returncode, (tmp_path / "calls").read_text().splitlines()
+
+    assert called("{ echo usage; exit; }") == (0, [])
+    assert called("{ echo --iterations 9; exit; }", 3) == (3, ["reciprocal.py --seed 1 --out out/reciprocal-seed1"])
+    assert {*re.findall(r"--seed (\S+)", str(called("{ echo --iterations 9; exit; }")))} == {"1", "2", "3"}
+    given = ["--data", "hippocampus", "--labeled", "16", "--iterations", "900", "--pretrain", "300", "--lr-step", "600"]
+    status, (*calls, last) = called(f'exec {sys.executable} "$@"', 0, *given, SEEDS="5 7", PYTHONPATH=str(ROOT))
+    assert status == 0 and last == ("metrics.py compare out/mt-seed5/ out/reciprocal-seed7/ out/supervised-seed5/ "
+                                    "--csv out/compare.csv --markdown out/compare.md --plot out/compare.png")
+    calls.remove("reciprocal.py --resume out/mt-seed5")
+    longer = dict(preset="paper", iterations=1200, lr_step=800)  # its teacher's 300 are the student's, too
+    methods = {"reciprocal": {}, "reciprocal-mixed": dict(lesson="mixed"),
+               "reciprocal-mixed-cutmix": dict(lesson="mixed", cutmix=True), "reciprocal-off": dict(feedback="off"),
+               "reciprocal-shuffled": dict(feedback="shuffled"), "reciprocal-paper": longer,
+               "reciprocal-paper-off": longer | dict(feedback="off"),
+               "supervised-patches": dict(method="supervised", budget="patches")}
+    methods |= {name: dict(method=name) for name in ("supervised", "mt", "uamt", "sassnet", "tcsm", "bcp")}
+    expected = {f"out/{name}-seed{seed}": dict(seed=seed) | flags for name, flags in methods.items() for seed in (5, 7)}
+    del expected["out/mt-seed5"], expected["out/supervised-seed5"]
+    shared = dict(data="hippocampus", labeled=16, iterations=900, pretrain=300, lr_step=600, resume=None)
+    parser = reciprocal.train_parser()
+    found = [vars(parser.parse_args(call.removeprefix("reciprocal.py ").split())) for call in calls]
+    assert {flags.pop("out"): flags for flags in found} == {name: shared | own for name, own in expected.items()}
+    assert len(calls) == len(expected)
 
 
 @pytest.mark.parametrize("folder,text,part", [

@@ -808,7 +808,6 @@ def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path, capsys):
     ("--depth 4 --patch 16 16 16 --batch-l 1", "a single voxel at depth 4, a batch of 1"),
     ("--depth 4 --patch 16 16 16 --batch-u 1 --method mt", "a single voxel at depth 4, a batch of 1"),
     ("--depth 4 --patch 16 16 16 --batch-l 1 --batch-u 1 --method bcp", "a single voxel at depth 4, a batch of 1"),
-    ("--batch-l 1 --method bcp", "--batch-l 1, --batch-u 2: bcp mixes as many of each"),
     ("--voxel 1 1 -1", "--voxel"),
     ("--voxel 1 nan 1", "--voxel"),
     ("--voxel 0 0 1e-30", "--voxel"),
