@@ -83,9 +83,9 @@ def exchange_boxes(x: Tensor, y: Tensor, x2: Tensor, y2: Tensor) -> list[Tensor]
 
 
 def cutmix(batch: dict, cfg) -> Sequence[Tensor]:
-    """x_l and y_l; with `--cutmix` each patch has a box of another (Yun et al., ICCV 2019)."""
+    """x_l and y_l; with `--cutmix` each patch has a box of its neighbor in the batch (Yun et al., ICCV 2019)."""
     x, y = batch["x_l"], batch["y_l"]
-    return exchange_boxes(x, y, x.flip(0), y.flip(0))[:2] if cfg.cutmix else (x, y)
+    return exchange_boxes(x, y, x.roll(1, 0), y.roll(1, 0))[:2] if cfg.cutmix else (x, y)
 
 
 def largest_component(label: Tensor) -> Tensor:
@@ -171,26 +171,31 @@ def tcsm_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
 
 
 def bcp_step(nets, optimizers, batch: dict, cfg) -> dict[str, Tensor]:
-    """A labeled patch with a box of an unlabeled one, and the unlabeled one with that box of the labeled. Each part has
-    a loss of its own; that of pseudo labels, their largest components, has half the weight. In the first 2000 of 17,000
-    iterations the student learns from mixed pairs of labeled patches, and the teacher is the student. (The released
-    code draws other patches for the second kind, and takes twice as many.)"""
-    (student, teacher), x_l, y_l, x_u, weight = nets, batch["x_l"], batch["y_l"], batch["x_u"], 0.5
+    """The student sees labeled patches with a box of an unlabeled one, and unlabeled patches with that box of the
+    labeled one; B_l is B_u. Either part of a mixed patch has a loss of its own, and that of pseudo labels, their
+    largest components, half the weight. In the first 2000 of 17,000 iterations all are labeled, mixed with their
+    neighbors in the batch, and the teacher is the student. (The released code has one box a step for all patches and
+    other patches for the second kind; its pre-training has one loss of the whole mixed patch and ends with the
+    checkpoint that is best in validation, from where momentum and learning rate begin anew.)"""
+    (student, teacher), x_l, y_l, x_u, weight = nets, batch["x_l"], batch["y_l"].short(), batch["x_u"], 0.5
     iteration = batch["iteration"] - 2 * batch["iterations"] // 17
     if iteration < 0:
-        x_u, y_u, weight = x_l.flip(0), y_l.flip(0), 1.0
+        x_u, y_u, weight = x_l.roll(1, 0), y_l.roll(1, 0), 1.0
     else:
         with torch.no_grad():
-            y_u = torch.stack([largest_component(label) for label in teacher(x_u).argmax(1).to(torch.uint8)])
+            y_u = torch.stack([largest_component(label) for label in teacher(x_u).argmax(1).short()])
     box, loss_l, loss_u = random_box(x_l), 0, 0
     for theirs in (box, ~box):  # what of the mixed patch is the unlabeled one's
         mixed = torch.where(theirs[:, None], x_u, x_l).to(memory_format=torch.channels_last_3d)
         logits = student(mixed)
-        mine, other = (dice_ce(logits, y, form="sample", background=True)  # 255 is no class and does not count
-                       for y in (y_l.masked_fill(theirs, 255), y_u.masked_fill(~theirs, 255)))
+        mine, other = (dice_ce(logits, y, form="sample", background=True)  # -1 is no class and does not count
+                       for y in (y_l.masked_fill(theirs, -1), y_u.masked_fill(~theirs, -1)))
         loss_l, loss_u = loss_l + mine, loss_u + other
     descend(optimizers[0], loss_l + weight * loss_u)
-    follow(teacher, student, max(iteration, 0))
+    if iteration < 0:
+        teacher.load_state_dict(student.state_dict())  # batch norm's statistics, too: it has seen nothing yet
+    else:
+        follow(teacher, student, iteration)
     return dict(loss_l=loss_l.detach(), loss_u=loss_u.detach())
 
 

@@ -9,8 +9,7 @@ MICCAI 2021, and its successor, Medical Physics 50(1):163-177, 2023.
     python reciprocal.py --resume runs/mine                  go on where it stopped
     python reciprocal.py predict -i scans/ -o masks/ --checkpoint runs/mine
 
-To learn, read `reciprocal_step` first; the rest is in reading order: Config, the network, the step, inference,
-training, the report, the command line.
+To learn, read `reciprocal_step` first; the rest is in reading order.
 """
 
 import argparse
@@ -120,6 +119,8 @@ class Config:
                            f"2 ** depth, and at least {least}; choose such sides or a smaller --depth")
         if self.batch_l % devices.WORLD or self.batch_u % devices.WORLD:
             raise BadInput(f"--batch-l {self.batch_l}, --batch-u {self.batch_u}: no multiple of {devices.WORLD} ranks")
+        if self.cutmix and self.batch_l < 2 * devices.WORLD:
+            raise BadInput(f"--cutmix: a patch alone has no other to exchange with; raise --batch-l {self.batch_l}")
         alone = min(self.batch_l, self.batch_u) if not method else self.batch_u if method.alone else 0
         if alone == devices.WORLD and max(self.patch) == side and not self.sync_norm:
             raise BadInput(f"--patch: a single voxel at depth {self.depth}, a batch of 1: no variance; enlarge either")
@@ -317,11 +318,11 @@ def stages(cfg: Config) -> list[Stage]:
     sizes, supervised = dict(l=cfg.batch_l, u=cfg.batch_u), dict(l=cfg.batch_l + cfg.batch_u)
     if method := COMPARISONS.get(cfg.method):
         *pretrain, main = stages(replace(cfg, method="reciprocal"))
-        # a step's patches are x_l and x_u of the teacher, x_u and x_s of the student, x_l of its exam
-        more = 2 + main.patches.get("s", 0) / sum(sizes.values()) if cfg.budget == "patches" else 1
-        total = sum(stage.iterations for stage in pretrain) + round(more * main.iterations)
-        sizes |= dict(l=cfg.batch_u) if method.pairs else {}
-        return [Stage(cfg.method, method.step, method.nets, total, sizes if method.unlabeled else supervised)]
+        own = sizes | dict(l=cfg.batch_u) if method.pairs else sizes if method.unlabeled else supervised
+        total, sent = sum(stage.iterations for stage in [*pretrain, main]), sum(sizes.values())
+        if cfg.budget == "patches":  # teacher and student take x_l (for the student its exam) and x_u, the student x_s
+            total = round((total * sent + main.iterations * (sent + main.patches.get("s", 0))) / sum(own.values()))
+        return [Stage(cfg.method, method.step, method.nets, total, own)]
     needed = dict(teacher=not cfg.teacher_from, student=cfg.student_start == "pretrained" and not cfg.student_from)
     pretrain = [Stage(f"pre-training of the {name}", supervised_step, (name,), cfg.pretrain, supervised)
                 for name in needed if needed[name]]

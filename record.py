@@ -221,7 +221,7 @@ def title(config: dict) -> str:
     other = [key for key in ("lesson", "feedback") if config[key] != data.PRESETS[config["preset"]][key]]
     preset += "".join(f", {key} {config[key]}" for key in other if preset)
     synthetic = ", synthetic data" * (config["data"] == "phantom")
-    cutmix = ", cutmix" * config["cutmix"]
+    cutmix = ", cutmix" * (config["cutmix"] and config["method"] != "bcp")
     return f"{Path(config['data']).name} {config['method']}{preset}{cutmix}, seed {config['seed']}{synthetic}"
 
 

@@ -153,11 +153,11 @@ def _read_run(run: Path, network: str, part: str) -> dict:
         summary = json.loads(path.read_text())
         config, peer = BEFORE | summary["config"], summary["config"]["method"] != "reciprocal"
         labeled, unlabeled, test = (sorted(summary["cases"][key]) for key in ("labeled", "unlabeled", "test"))
-        silent = {"dropout"} if config["method"] == "uamt" else set()  # it has dropout whatever the Config says
+        silent = {"uamt": {"dropout"}, "bcp": {"cutmix"}}.get(config["method"], set())  # they have it anyway
         defaults, settings = (  # texts; a run that --teacher-from names is of this seed
             {key: json.dumps(value).strip('"').replace(f"seed{config['seed']}", "seed")
              for key, value in values.items() if key not in IDLE | silent | (UNUSED if peer else set())}
-            for values in (RECIPES.get(config["data"], RECIPES["folder"]) | PRESETS[config["preset"]], config))
+            for values in (BEFORE | RECIPES.get(config["data"], RECIPES["folder"]) | PRESETS[config["preset"]], config))
         settings |= {"iterations": str(summary["iterations"])} if peer else {}
         path = run / "metrics.csv"
         with open(path, newline="") as file:

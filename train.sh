@@ -2,8 +2,9 @@
 # ./train.sh [arguments]   installs into .venv once, then runs `python reciprocal.py [arguments]`;
 #                          without arguments it trains on the embedded, synthetic data set `phantom`
 # ./train.sh test [...]    the same set-up, then ruff and pytest
-# ./train.sh compare OUT [arguments]   the paper's table for a data set: every method over the seeds of SEEDS="1 2 3",
-#                          a run each in OUT, done once and resumed where it stopped; then metrics.py compare of all
+# ./train.sh compare OUT [arguments]   the paper's table, and more, for a data set: every method over the seeds of
+#                          SEEDS="1 2 3", a run each in OUT, done once and resumed where it stopped; then metrics.py
+#                          compare of all
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -40,7 +41,7 @@ from cli import BadInput, cli
 
 def longer():
     flags = vars(reciprocal.train_parser().parse_args(sys.argv[1:]))
-    for name in ("method", "preset", "lesson", "feedback", "student_start", "teacher_from", "student_from", "budget",
+    for name in ("method", "preset", "lesson", "cutmix", "feedback", "student_start", "teacher_from", "student_from", "budget",
                  "seed", "out", "resume"):
         if flags.get(name) is not None:
             name = name.replace("_", "-")

@@ -273,7 +273,7 @@ def test_bench_gpu_skips_what_is_done_or_failed_and_stops_in_time(tmp_path):
     asleep = tmp_path / "asleep"
     asleep.write_text("#!/bin/sh\nexec sleep $SLEEP\n")
     asleep.chmod(0o755)
-    status, text = call("norm-float32", "infer", PYTHON=asleep, SLEEP=2, LIMIT=9, MARGIN=8)
+    status, text = call("norm-float32", "infer", PYTHON=asleep, SLEEP=4, LIMIT=33, MARGIN=30)
     assert status == 3 and "norm-float32: status 0" in text and "\ninfer: not begun, " in text
     assert call("infer", LIMIT=7, MARGIN=8) == (2, "error: LIMIT 7: more than MARGIN 8, or no part would begin\n")
     status, text = call("infer", "dice-float32-2", "train", PYTHON="false")

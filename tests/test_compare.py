@@ -163,6 +163,10 @@ def test_names(run):
     assert stats.compare([off, plain])[0]["reference"] == "reciprocal (strong)"
     assert names([off, run(DICE[0], method="mt")]) == ["reciprocal (strong), feedback off", "mt"]
     assert names([run(DICE[0], lesson="mixed")]) == ["reciprocal (strong), lesson mixed"]
+    several = [run(DICE[0], method="bcp", cutmix=True), run(DICE[0], method="bcp", cutmix=False, seed=2), plain,
+               run(DICE[0], method="mt", cutmix=False), run(DICE[0], lesson="mixed", cutmix=True)]
+    assert names(several) == ["bcp", "reciprocal (strong)", "mt", "reciprocal (strong), cutmix true, lesson mixed"]
+    assert stats.compare(several)[0]["reference"] == "reciprocal (strong)"
     assert names([plain, run(DICE[0], preset="paper", lr_step=9)]) == ["reciprocal (strong)", "reciprocal (paper)"]
     assert names([plain, run(DICE[0], method="mt", filters=2)]) == ["reciprocal (strong)", "mt, filters 2"]
     paper, loss = run(DICE[0], preset="paper"), run(DICE[0], preset="paper", loss="dice", lr=0.1)
@@ -331,6 +335,7 @@ def ready() -> bool:
     (["OUT", "--patch", "3", "3", "3"], "each side must be a multiple of"),
     (["OUT", "--data", "phantom", "--method", "mt"], "--method is for this script"),
     (["OUT", "--lesson", "mixed"], "--lesson is for this script"),
+    (["OUT", "--cutmix"], "--cutmix is for this script"),
     (["OUT", "--student-start", "random"], "--student-start is for this script"),
     (["OUT", "--data", "phantom", "--patch", "8", "8", "8"], "at least 16"),  # for sassnet
     (["OUT", "--seed", "2"], "--seed is for this script"),

@@ -807,6 +807,7 @@ def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path, capsys):
     ("--method sassnet --depth 1 --patch 16 8 16", "at least 16"),
     ("--depth 4 --patch 16 16 16 --batch-l 1", "a single voxel at depth 4, a batch of 1"),
     ("--depth 4 --patch 16 16 16 --batch-u 1 --method mt", "a single voxel at depth 4, a batch of 1"),
+    ("--cutmix --batch-l 1", "has no other to exchange with"),
     ("--depth 4 --patch 16 16 16 --batch-l 1 --batch-u 1 --method bcp", "a single voxel at depth 4, a batch of 1"),
     ("--voxel 1 1 -1", "--voxel"),
     ("--voxel 1 nan 1", "--voxel"),
