@@ -61,7 +61,7 @@ class Config:
     supervised_loss: str = flag("dice+ce", "loss of `supervised` and of pre-training", ("ce", "dice", "dice+ce"))
     lesson: str = flag("both", "the student's patches: unlabeled, labeled too, a mix", ("pseudo", "both", "mixed"))
     student_start: str = flag("pretrained", "the student's weights at the start", ("random", "pretrained"))
-    cutmix: bool = flag(False, "labeled patches exchange boxes: in pre-training, for the teacher, in methods but bcp")
+    cutmix: bool = flag(False, "labeled patches exchange boxes: the teacher's, and those of all methods but bcp")
     feedback: str = flag("scalar", "h: the authors' lr * <g_u, g_l>; the measured fall of the exam loss; two controls, "
                          "the scalar with a random sign, and none", ("scalar", "difference", "shuffled", "off"))
     iterations: int = flag(6000, "reciprocal steps")
