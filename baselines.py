@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
@@ -94,8 +95,8 @@ def largest_component(label: Tensor) -> Tensor:
     for value in range(1, int(label.max()) + 1):
         parts, n = ndimage.label((label == value).cpu().numpy())
         if n > 1:
-            parts = torch.from_numpy(parts).to(label.device)
-            label[(parts > 0) & (parts != 1 + parts.flatten().bincount()[1:].argmax())] = 0
+            other = (parts > 0) & (parts != 1 + np.bincount(parts.ravel())[1:].argmax())
+            label[torch.from_numpy(other).to(label.device)] = 0
     return label
 
 
