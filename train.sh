@@ -41,14 +41,14 @@ from cli import BadInput, cli
 
 def longer():
     flags = vars(reciprocal.train_parser().parse_args(sys.argv[1:]))
-    for name in ("method", "preset", "lesson", "cutmix", "feedback", "student_start", "teacher_from", "student_from", "budget",
-                 "seed", "out", "resume"):
+    for name in ("method", "preset", "lesson", "cutmix", "feedback", "student_start", "teacher_from", "student_from",
+                 "budget", "seed", "out", "resume"):
         if flags.get(name) is not None:
             name = name.replace("_", "-")
             raise BadInput(f"--{name} is for this script to set: it makes all the runs of a table, seeds SEEDS='1 2 3'")
     flags.pop("resume")
-    for method in COMPARISONS:
-        reciprocal.configure(flags | dict(method=method))  # before the first run
+    for row in (dict(cutmix=True), *(dict(method=method) for method in COMPARISONS)):
+        reciprocal.configure(flags | row)  # what a row of the table refuses is said before the first run
     cfg = reciprocal.configure(flags)
     more = cfg.iterations + cfg.pretrain
     print(f"--iterations {more} --lr-step {max(1, cfg.lr_step * more // max(1, cfg.iterations))}")
