@@ -3,10 +3,12 @@ the helpers, and a whole run, killed and resumed."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,13 @@ TINY = ("--data phantom --patch 16 16 16 --stride 32 32 32 --filters 2 --depth 1
         "--schedule step --lr 0.01 --log-every 1 --eval-every 2 --eval-cases 3 --save-every 2 --device cpu")
 
 
-def torchrun(folder, ranks: int, script: str, *arguments) -> subprocess.CompletedProcess:
-    """The script in so many processes; one is a plain process."""
+def torchrun(folder, ranks: int, script: str, *arguments, endpoint: str = "") -> subprocess.CompletedProcess:
+    """The script in so many processes; one is a plain process, if not the share of one of two nodes, which meet at the
+    endpoint."""
     path = folder / "script.py"
     path.write_text(textwrap.dedent(script))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    where = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"] if endpoint else ["--standalone"]
+    launcher = ["-m", "torch.distributed.run", *where, f"--nproc-per-node={ranks}"] if ranks > 1 or endpoint else []
     env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     return subprocess.run([sys.executable, *launcher, str(path), *map(str, arguments)], env=env, cwd=folder, text=True,
                           capture_output=True, timeout=300)
@@ -171,6 +175,23 @@ def test_a_run_of_two_ranks_is_that_of_one(tmp_path):
             assert (line.pop("stage"), *line) == (wanted.pop("stage"), *wanted)
             assert "dice" in line or line == pytest.approx(wanted, rel=1e-2, abs=1e-6)
         assert len((tmp_path / name / "metrics.csv").read_text().splitlines()) == 1 + 2 * (8 + 16)
+
+
+def test_a_rank_killed_on_one_node_ends_the_run_on_both(tmp_path):
+    """Two nodes that share a folder and this machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = "localhost:{1}".format(*free.getsockname())
+    arguments, start = [*TINY.split(), "--iterations", 6, "--out", tmp_path / "run"], time.monotonic()
+    with ThreadPoolExecutor(2) as nodes:
+        done = [nodes.submit(torchrun, tmp_path, 1, RUN, *arguments, "--kill", "SIGKILL", endpoint=endpoint)
+                for _ in range(2)]
+        dead = [node.result() for node in done]
+    assert all(node.returncode for node in dead) and time.monotonic() - start < 120
+    assert sum("another rank is gone" in node.stderr for node in dead) == 1
+    assert record.load_checkpoint(tmp_path / "run")["iteration"] == 2
+    resumed = torchrun(tmp_path, 1, RUN, "--resume", tmp_path / "run")
+    assert resumed.returncode == 0, resumed.stderr
 
 
 def test_running_statistics_of_each_rank_become_those_of_all(tmp_path):
