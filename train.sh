@@ -77,6 +77,7 @@ reciprocal-shuffled --feedback shuffled
 reciprocal-paper --preset paper $longer
 reciprocal-paper-off --preset paper --feedback off $longer
 supervised --method supervised
+supervised-cutmix --method supervised --cutmix
 supervised-patches --method supervised --budget patches
 mt --method mt
 uamt --method uamt

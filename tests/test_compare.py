@@ -364,7 +364,7 @@ def test_the_script_makes_each_run_once_and_goes_on(tmp_path):
         python.write_text(f'#!/bin/sh\n[ "$1" != - ] || {answer}\ncat >/dev/null\necho "$@" >>calls\nexit {status}\n')
         python.chmod(0o755)
         done = subprocess.run([tmp_path / "train.sh", "compare", "out", *given], stdin=subprocess.DEVNULL,
-                              env=os.environ | variables)
+                              env=os.environ | variables, timeout=100)
         return done.returncode, (tmp_path / "calls").read_text().splitlines()
 
     assert called("{ echo usage; exit; }") == (0, [])
@@ -380,6 +380,7 @@ def test_the_script_makes_each_run_once_and_goes_on(tmp_path):
                "reciprocal-mixed-cutmix": dict(lesson="mixed", cutmix=True), "reciprocal-off": dict(feedback="off"),
                "reciprocal-shuffled": dict(feedback="shuffled"), "reciprocal-paper": longer,
                "reciprocal-paper-off": longer | dict(feedback="off"),
+               "supervised-cutmix": dict(method="supervised", cutmix=True),
                "supervised-patches": dict(method="supervised", budget="patches")}
     methods |= {name: dict(method=name) for name in ("supervised", "mt", "uamt", "sassnet", "tcsm", "bcp")}
     expected = {f"out/{name}-seed{seed}": dict(seed=seed) | flags for name, flags in methods.items() for seed in (5, 7)}
