@@ -108,17 +108,17 @@ def compare(runs: list[Path], reference: str = "", network: str = "student", par
 
     read, methods, rows = [_read_run(run, network, part) for run in runs], {}, []
     for run in read:
-        peer = next(other for other in read if other["share"] == run["share"])
+        peer = next(other for other in read if other["counts"]["labeled"] == run["counts"]["labeled"])
         for key, other, remedy in (("data", read[0], "compare runs of one data set"),
                                    ("spacing", read[0], "score it again: reciprocal.py --resume RUN --spacing UNIT"),
                                    ("scored cases or classes", read[0], "compare runs with one split"),
-                                   ("training cases at the same --labeled", peer, "compare runs with one split")):
+                                   ("training cases with as many labels", peer, "compare runs with one split")):
             if run[key] != other[key]:
                 raise BadInput(f"{run['run']}: other {key} than {other['run']}; leave it out, or {remedy}")
         # what sets methods apart is looked for among runs of one method, any other setting among all
-        changes = [f", {k} {v}" for k, v in run["changes"].items() if k in ("lesson", "feedback") or any(
-            other["changes"].get(k) != v for other in read
-            if k not in other["silent"] and (k not in OWN or other["kind"] == run["kind"]))]
+        changes = [f", {k} {v}".removesuffix(" true") for k, v in run["changes"].items()
+                   if k in ("lesson", "feedback") or any(other["changes"].get(k) != v for other in read
+                   if k not in other["silent"] and (k not in OWN or other["kind"] == run["kind"]))]
         group = methods.setdefault(run["kind"] + "".join(changes), {})
         if (other := group.setdefault(run["seed"], run)) is not run:
             raise BadInput(f"{run['run']}: the method and the seed of {other['run']} again; leave one of them out")
@@ -158,7 +158,8 @@ def _read_run(run: Path, network: str, part: str) -> dict:
             {key: json.dumps(value).strip('"').replace(f"seed{config['seed']}", "seed")
              for key, value in values.items() if key not in IDLE | silent | (UNUSED if peer else set())}
             for values in (BEFORE | RECIPES.get(config["data"], RECIPES["folder"]) | PRESETS[config["preset"]], config))
-        settings |= {"iterations": str(summary["iterations"])} if peer else {}
+        counts = {"labeled": len(labeled), "unlabeled": len(unlabeled)}  # so a share and its number are one setting
+        settings |= {"labeled": str(len(labeled))} | ({"iterations": str(summary["iterations"])} if peer else {})
         path = run / "metrics.csv"
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if (row["set"], row["network"]) == (part, network)]
@@ -172,11 +173,11 @@ def _read_run(run: Path, network: str, part: str) -> dict:
         scores = np.array([[float(row[metric]) for metric in METRICS] for row in rows]).reshape(*map(len, names), -1)
         return {
             "run": run, "seed": config["seed"], "data": config["data"], "spacing": config["spacing"], "silent": silent,
-            "kind": config["method"] + f" ({config['preset']})" * (not peer), "share": config["labeled"],
+            "kind": config["method"] + f" ({config['preset']})" * (not peer), "counts": counts,
             "changes": {key: value for key, value in settings.items() if value not in ("", defaults.get(key))},
-            "counts": {"labeled": len(labeled), "unlabeled": len(unlabeled)}, "scored cases or classes": (test, scored),
-            "training cases at the same --labeled": (labeled, unlabeled), "iterations": summary["iterations"],
-            "synthetic": summary["synthetic"], "scores": scores, "failures": sum(int(r["failure"]) for r in rows)}
+            "scored cases or classes": (test, scored), "training cases with as many labels": (labeled, unlabeled),
+            "iterations": summary["iterations"], "synthetic": summary["synthetic"], "scores": scores,
+            "failures": sum(int(r["failure"]) for r in rows)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise BadInput(f"{path}: not what a finished run of this version leaves ({error!r}); leave it out") from None
 

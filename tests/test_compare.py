@@ -165,7 +165,7 @@ def test_names(run):
     assert names([run(DICE[0], lesson="mixed")]) == ["reciprocal (strong), lesson mixed"]
     several = [run(DICE[0], method="bcp", cutmix=True), run(DICE[0], method="bcp", cutmix=False, seed=2), plain,
                run(DICE[0], method="mt", cutmix=False), run(DICE[0], lesson="mixed", cutmix=True)]
-    assert names(several) == ["bcp", "reciprocal (strong)", "mt", "reciprocal (strong), cutmix true, lesson mixed"]
+    assert names(several) == ["bcp", "reciprocal (strong)", "mt", "reciprocal (strong), cutmix, lesson mixed"]
     assert stats.compare(several)[0]["reference"] == "reciprocal (strong)"
     assert names([plain, run(DICE[0], preset="paper", lr_step=9)]) == ["reciprocal (strong)", "reciprocal (paper)"]
     assert names([plain, run(DICE[0], method="mt", filters=2)]) == ["reciprocal (strong)", "mt, filters 2"]
@@ -176,7 +176,9 @@ def test_names(run):
     assert names(supervised) == ["supervised, iterations 800", "supervised, iterations 1000"]
     assert stats.compare(supervised)[1]["reference"] == "supervised, iterations 800"
     bound = run(DICE[0], method="supervised", iterations=800, trained=["l1"], labeled=1.0)
-    assert names([supervised[0], bound]) == ["supervised, labeled 0.05", "supervised, labeled 1.0"]
+    assert names([plain, supervised[0], bound]) == ["reciprocal (strong)", "supervised, labeled 2",
+                                                    "supervised, labeled 1"]
+    assert names([plain, run(DICE[0], labeled=2.0, seed=2)]) == ["reciprocal (strong)"]
     for key, value in dict(lr=0.1, augment="flip", normalize="window", noise=0.1, amp="bf16", voxel=(1.0, 1.0, 1.0),
                            patch=(32, 32, 32), supervised_loss="ce", stride=(8, 8, 8), batch_l=9).items():
         for method in ("reciprocal", "supervised"):
@@ -306,7 +308,7 @@ def bad_inputs(run, tmp_path):
     for different in (less, other, run(DICE[0], test=["z"], seed=9), run(DICE[0], classes=("y",), seed=10)):
         yield f"{different}: other scored cases or classes than {good}; leave it out", [good, different]
     trained = run(DICE[0], trained=["l1", "l3"], method="supervised")
-    yield f"{trained}: other training cases at the same --labeled than {good}", [good, trained]
+    yield f"{trained}: other training cases with as many labels than {good}", [good, trained]
     yield "other spacing than", [good, run(DICE[0], spacing="mm", seed=11)]
     yield "other data than", [good, run(DICE[0], data="la", seed=12)]
     yield "--reference x: no such method; choose one of: reciprocal (strong)", [good, "--reference", "x"]
