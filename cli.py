@@ -85,6 +85,7 @@ def flag(default, help: str, choices: tuple | None = None):
 
 def add_flags(parser: Parser, config: type, *names: str) -> None:
     """These fields (none named: all) of a dataclass as flags. One that is not given stays out of the result."""
+    parser.epilog = "A default gives way to the data set's recipe, the preset, or the run that goes on or is used."
     for field in dataclasses.fields(config):
         if field.name in names or not names:
             kind: dict = dict(type=type(field.default), choices=field.metadata["choices"])
@@ -92,6 +93,6 @@ def add_flags(parser: Parser, config: type, *names: str) -> None:
                 kind = dict(action=argparse.BooleanOptionalAction)
             elif isinstance(field.default, tuple):
                 kind = dict(type=type(field.default[0]), nargs=len(field.default))
-            default = f" (default: {field.default}, or the recipe's)" if field.default != "" else ""
+            default = f" (default: {field.default})" if field.default != "" else ""
             parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                                 help=field.metadata["help"] + default, **kind)

@@ -1,7 +1,7 @@
 """Dice, Jaccard, average surface distance and 95% Hausdorff distance of volumes.
 
     python metrics.py PRED LABEL [--spacing mm] [--csv FILE] [--empty diagonal]
-    python metrics.py compare RUN RUN ... [--reference METHOD] [--set transductive] [--csv FILE] [--plot FILE]
+    python metrics.py compare RUN RUN ...        (its flags: stats.py)
 
 Definitions: MedPy's. A mask's surface is the mask minus its erosion by the 6-neighbor cross; outside the
 volume is background. asd: mean over the prediction's surface of the distance to the label's, this direction

@@ -61,7 +61,7 @@ class Config:
     supervised_loss: str = flag("dice+ce", "loss of `supervised` and of pre-training", ("ce", "dice", "dice+ce"))
     lesson: str = flag("both", "the student's patches: unlabeled, labeled too, a mix", ("pseudo", "both", "mixed"))
     student_start: str = flag("pretrained", "the student's weights at the start", ("random", "pretrained"))
-    cutmix: bool = flag(False, "labeled patches exchange boxes: the teacher's, and those of all methods but bcp")
+    cutmix: bool = flag(False, "labeled patches exchange boxes, except those of the lesson, the exam and bcp")
     feedback: str = flag("scalar", "h: the authors' lr * <g_u, g_l>; the measured fall of the exam loss; two controls, "
                          "the scalar with a random sign, and none", ("scalar", "difference", "shuffled", "off"))
     iterations: int = flag(6000, "reciprocal steps")
@@ -183,8 +183,8 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
 
         h = lr * <g_u, g_l>,    theta_T <- step(grad of [ L(T(x_l), y_l) + h * CE(T(x_u), pseudo_label) ])
 
-    For a plain gradient step h is, to first order, the fall of the exam loss that the lesson caused (momentum and Adam
-    step otherwise). Where the lesson helped (h > 0) the teacher is sharpened toward its pseudo label; where it did harm
+    For a plain gradient step h is, to first order, the fall of the exam loss that the pseudo labels caused (momentum
+    and Adam step otherwise). Where they helped (h > 0) the teacher is sharpened toward them; where they did harm
     (h < 0) it is pushed away. Over pseudo labels *sampled* from the teacher, the mean of the gradient of h * CE is the
     gradient of the exam loss in the teacher's weights, divided by the number of voxels because CE is a mean over them,
     which makes the feedback weak. The paper's argmax is biased (tests/test_reciprocal.py shows identity and bias)."""
@@ -216,7 +216,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
         with torch.set_grad_enabled(scalar), exam(student, dropout=scalar):
             loss_exam = loss(student(batch["x_l"]), batch["y_l"])
 
-    # 3. The feedback h, of g_u alone: the labeled part of the lesson owes nothing to pseudo labels (`mixed`: little).
+    # 3. The feedback h, of g_u alone: labeled patches owe nothing to pseudo labels (`mixed` ones: their box).
     if cfg.feedback in ("scalar", "shuffled"):
         g_l = gradients_of(loss_exam, s_weights)
         products = [p.as_strided((p.numel(),), (1,)) for p in torch._foreach_mul(g_u, g_l)]  # as they lie in memory
@@ -493,7 +493,7 @@ def test(cfg: Config, dataset: data.Dataset, nets: dict[str, VNet], run: Path) -
 
 # ---- the command line ---------------------------------------------------------------------------------------------
 
-# What may change when a run goes on: its length and where it runs, not what it computes.
+# What may change when a run goes on: its length, where it runs, how it predicts and scores; not how it trains.
 RESUMABLE = ("root", "iterations", "device", "compile", "graph", "windows", "stride", "largest_component", "spacing",
              "log_every", "save_every")
 

@@ -1,6 +1,7 @@
 """What the scores of many cases say: summaries with intervals, tables, and methods compared case by case.
 
-    python metrics.py compare RUN RUN ... [--reference METHOD] [--set transductive] [--csv FILE] [--plot FILE]
+    python metrics.py compare RUN RUN ... [--reference METHOD] [--network teacher] [--set transductive]
+                                             [--csv FILE] [--markdown FILE] [--plot FILE]
 """
 
 import csv
@@ -84,12 +85,12 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 # ---- runs compared -----------------------------------------------------------------------------------------
 
-# Fields of Config that do not change what is computed; those that only reciprocal learning uses, or whose sum counts.
+# Fields of Config that do not change what is computed; those that a comparison method ignores, or takes the sum of
 IDLE = {"seed", "out", "root", "device", "compile", "graph", "windows", "deterministic", "log_every", "eval_every",
         "eval_cases", "save_every"}  # fmt: skip
 UNUSED = {"preset", "loss", "lesson", "student_start", "feedback", "teacher_from", "iterations", "pretrain", "budget"}
 BEFORE = {"voxel": [0.0, 0.0, 0.0], "sync_norm": False, "cutmix": False}  # what runs did that lack these fields
-OWN = UNUSED | {"method", "labeled", "lr_step"}
+OWN = UNUSED | {"method", "labeled", "lr_step"}  # tell runs of one method apart, and no two methods
 PAIRS = 6  # of 5 pairs the smallest two-sided p of Wilcoxon's test is 2 / 2**5, above 0.05
 
 

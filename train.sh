@@ -3,8 +3,8 @@
 #                          without arguments it trains on the embedded, synthetic data set `phantom`
 # ./train.sh test [...]    the same set-up, then ruff and pytest
 # ./train.sh compare OUT [arguments]   the paper's table, and more, for a data set: every method over the seeds of
-#                          SEEDS="1 2 3", a run each in OUT, done once and resumed where it stopped; then metrics.py
-#                          compare of all
+#                          SEEDS="1 2 3", a run each in OUT, done once and resumed where it stopped, with the arguments
+#                          it began with; then metrics.py compare of all
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -78,6 +78,7 @@ reciprocal-paper --preset paper $longer
 reciprocal-paper-off --preset paper --feedback off $longer
 supervised --method supervised
 supervised-cutmix --method supervised --cutmix
+supervised-cutmix-patches --method supervised --cutmix --budget patches
 supervised-patches --method supervised --budget patches
 mt --method mt
 uamt --method uamt

@@ -383,6 +383,7 @@ def test_the_script_makes_each_run_once_and_goes_on(tmp_path):
                "reciprocal-shuffled": dict(feedback="shuffled"), "reciprocal-paper": longer,
                "reciprocal-paper-off": longer | dict(feedback="off"),
                "supervised-cutmix": dict(method="supervised", cutmix=True),
+               "supervised-cutmix-patches": dict(method="supervised", cutmix=True, budget="patches"),
                "supervised-patches": dict(method="supervised", budget="patches")}
     methods |= {name: dict(method=name) for name in ("supervised", "mt", "uamt", "sassnet", "tcsm", "bcp")}
     expected = {f"out/{name}-seed{seed}": dict(seed=seed) | flags for name, flags in methods.items() for seed in (5, 7)}
