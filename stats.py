@@ -107,7 +107,9 @@ def compare(runs: list[Path], reference: str = "", network: str = "student", par
     """
     from scipy.stats import wilcoxon  # here, for it takes long to import
 
-    read, methods, rows = [_read_run(run, network, part) for run in runs], {}, []
+    read, methods, rows = [run for run in (_read_run(run, network, part) for run in runs) if run], {}, []
+    if not read:
+        raise BadInput("no run has unlabeled cases; leave --set transductive out")
     for run in read:
         peer = next(other for other in read if other["counts"]["labeled"] == run["counts"]["labeled"])
         for key, other, remedy in (("data", read[0], "compare runs of one data set"),
@@ -147,8 +149,9 @@ def compare(runs: list[Path], reference: str = "", network: str = "student", par
     return rows
 
 
-def _read_run(run: Path, network: str, part: str) -> dict:
-    """What `compare` asks of a run: changes are its settings unlike the defaults, scores (cases, classes, metrics)."""
+def _read_run(run: Path, network: str, part: str) -> dict | None:
+    """What `compare` asks of a run: changes are its settings unlike the defaults, scores (cases, classes, metrics).
+    None where the transductive cases are asked for and there are none, since all are labeled."""
     path = run / "summary.json"
     try:
         summary = json.loads(path.read_text())
@@ -164,6 +167,8 @@ def _read_run(run: Path, network: str, part: str) -> dict:
         path = run / "metrics.csv"
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if (row["set"], row["network"]) == (part, network)]
+        if part == "transductive" and not unlabeled:
+            return None
         if not rows:
             raise BadInput(f"{path}: no scored {part} case of the {network}; leave it out, or see --set and --network")
         rows.sort(key=lambda row: (row["case"], row["class"]))
@@ -214,6 +219,8 @@ def main(arguments: list[str]) -> None:
     if len({tuple(row["seeds"]) for row in rows}) > 1:
         seeds = "; ".join(f"{row['method']} {', '.join(map(str, row['seeds']))}" for row in rows)
         notes.append(f"Methods have different seeds: {seeds}")
+    if missing := len(args.runs) - sum(len(row["seeds"]) for row in rows):
+        notes.append(f"Left out, without an unlabeled case: {missing} of {len(args.runs)} runs")
     if (pairs := min(len(row["pairs"]) for row in rows)) < PAIRS:
         notes.append(f"{pairs} cases: too few for a verdict; Wilcoxon's test needs {PAIRS}")
     title = f"{Path(data).name}{', synthetic data' * synthetic}: {args.set} cases, {args.network}"

@@ -209,6 +209,19 @@ def test_the_upper_bound_has_its_own_counts(run):
     assert [(row["labeled"], row["unlabeled"]) for row in stats.compare([run(DICE[0]), upper])] == [(2, 3), (3, 3)]
 
 
+def test_a_run_with_all_labels_is_in_no_table_of_unlabeled_cases(run, monkeypatch, capsys):
+    upper, other = run(DICE[0], method="supervised", labeled=1.0), run(DICE[0], part="transductive")
+    summary = json.loads((upper / "summary.json").read_text())
+    summary["cases"]["unlabeled"] = []
+    (upper / "summary.json").write_text(json.dumps(summary))
+    assert call(monkeypatch, capsys, upper, "--set", "transductive")[::2] == (
+        2, "error: no run has unlabeled cases; leave --set transductive out\n")
+    status, shown, _ = call(monkeypatch, capsys, upper, other, "--set", "transductive")
+    assert status == 0 and "Left out, without an unlabeled case: 1 of 2 runs" in shown and "supervised" not in shown
+    status, shown, _ = call(monkeypatch, capsys, other, "--set", "transductive")
+    assert status == 0 and "Left out" not in shown
+
+
 def test_set_and_network(run):
     both = run(DICE[0])
     for network, part, dice in (("teacher", "test", DICE[1]), ("student", "transductive", DICE[1, :6])):
