@@ -103,6 +103,7 @@ def compare(runs: list[Path], reference: str = "", network: str = "student", par
     first), fractions; difference: their interval; p: two-sided signed-rank test (Wilcoxon, Biometrics Bulletin
     1(6):80-83, 1945), of the cases: it does not know how much another seed would differ; p_holm: corrected for the
     number of methods tested (Holm, Scand J Stat 6:65-70, 1979). No p (NaN) if a method has fewer than 6 pairs.
+    A run with all labels has no transductive case, and then no part in the rows.
     BadInput on a folder that is no finished run, on one method and seed twice, and on numbers that do not compare.
     """
     from scipy.stats import wilcoxon  # here, for it takes long to import
