@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -287,3 +288,20 @@ def test_bench_gpu_skips_what_is_done_or_failed_and_stops_in_time(tmp_path):
     assert call(PYTHON="true", SEEDS=" ") == (1, "failed: dice-float32-2 surface\n")  # unless named, not tried again
     assert call("nothing") == (2, "error: no part nothing; the header of this file lists them\n")
     assert (tmp_path / "keep" / "results.tar.gz.aa").exists()
+
+
+@pytest.mark.parametrize("readme,column", [("README.md", slice(2, 4)), ("results/README.md", slice(3, 4))])
+def test_the_kept_benches_have_the_numbers_of_their_tables(readme, column):
+    """A table's row, and those below it without a command, are of the JSON that it links: `ms` or `ratio`."""
+    rows, read = [], 0
+    for line in (ROOT / readme).read_text().splitlines():
+        if kept := re.search(r"\(((?:\w+/)*)([\w-]+-(?:cpu|h100)[\w-]*\.json)\)", line):
+            rows = json.loads((ROOT / "results/bench" / kept[2]).read_text())["rows"]
+        elif not line.startswith("| |"):
+            rows = []
+        cells = " ".join(line.split("|")[column]) if rows else ""
+        for number in re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w.])", cells):
+            decimals = len(number.partition(".")[2])
+            assert any(f"{row[key]:.{decimals}f}" == number for row in rows for key in ("ms", "ratio")), line
+            read += 1
+    assert read > 10

@@ -21,6 +21,7 @@ import stats
 from cli import BadInput, cli
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 FIELDS = ("set", "network", "case", "class", *stats.METRICS, "failure")
 DICE = np.array([[0.81, 0.72, 0.93, 0.64, 0.85, 0.76, 0.57, 0.88], [0.80, 0.75, 0.91, 0.66, 0.83, 0.79, 0.52, 0.84]])
 
@@ -411,10 +412,10 @@ def test_the_script_makes_each_run_once_and_goes_on(tmp_path):
 @pytest.mark.parametrize("folder,text,part", [
     ("hippocampus-0.05", "results/hippocampus-0.05/compare.md", "test"),
     ("hippocampus-0.1", "results/hippocampus-0.1/compare.md", "test"),
-    *((folder, "README.md", part) for folder in ("hippocampus-0.1-long", "hippocampus-boxes", "la-coarse-dropout")
-      for part in ("test", "transductive")),
+    *((folder, "results/README.md", part) for part in ("test", "transductive")
+      for folder in ("hippocampus-0.1-long", "hippocampus-boxes", "la-coarse-dropout")),
     ("la-coarse", "results/la-coarse/compare.md", "test"),
-    ("la-coarse", "results/la-coarse/transductive.md", "transductive"), ("la", "README.md", "transductive")])
+    ("la-coarse", "results/la-coarse/transductive.md", "transductive"), ("la", "results/README.md", "transductive")])
 def test_the_kept_runs_have_the_numbers_of_their_table(folder, text, part):
     same = r", labeled 16\b"  # said only where an upper bound is in the table, which has no unlabeled case
     rows = [re.sub(rf"[*]| \[.*?\]|{same}", "", line).split("|") for line in (ROOT / text).read_text().splitlines()]
@@ -422,3 +423,15 @@ def test_the_kept_runs_have_the_numbers_of_their_table(folder, text, part):
     for row in stats.compare(sorted((ROOT / "results" / folder).glob("*-seed*")), part=part):
         dice = "{:.2f} ± {:.2f}".format(*(100 * row["dice"][key] for key in ("mean", "sd")))
         assert any({re.sub(same, "", row["method"]), dice} <= set(line) for line in rows), (row["method"], dice)
+
+
+@pytest.mark.parametrize("row,folders", [("hippocampus MR", ("hippocampus-0.1-long", "hippocampus-boxes")),
+                                         ("left atrium MR", ("la-coarse-dropout",))])
+def test_the_first_table_has_the_numbers_of_the_kept_runs(row, folders):
+    """A column is the runs of a name, in the one folder that has them."""
+    columns = ("supervised", "mt", "uamt", "sassnet", "tcsm", "bcp", "reciprocal", "reciprocal-mixed-cutmix",
+               "supervised-all")
+    numbers = re.search(rf"^\| {row}.*?\|(.*)\|$", README, re.M)[1].split("|")
+    for name, number in zip(columns, numbers, strict=True):
+        runs = [run for folder in folders for run in (ROOT / "results" / folder).glob(f"{name}-seed*")]
+        assert number.strip("* ") == (f"{100 * stats.compare(runs)[0]['dice']['mean']:.1f}" if runs else ""), name
