@@ -80,10 +80,9 @@ class Unit(nn.Sequential):
         if not x.is_cuda or torch.compiler.is_compiling() or type(norm) is not nn.BatchNorm3d:
             return super().forward(x)
         x = convolve(x, conv.weight, conv.transposed)
-        tracks = norm.track_running_stats
-        if norm.training and tracks:
-            norm.num_batches_tracked += 1
-        running = (norm.running_mean, norm.running_var) if tracks or not norm.training else (None, None)
+        exam = norm.training and not norm.track_running_stats
+        running = (None, None) if exam else (norm.running_mean, norm.running_var)
+        # num_batches_tracked is left out: nothing reads it, and it would be a launch for each layer
         return norm_relu(x, conv.bias, norm.weight, norm.bias, *running, norm.training, norm.momentum, norm.eps)
 
 
