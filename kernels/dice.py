@@ -90,16 +90,18 @@ def reference(
 
 
 def launch(classes: int, itemsize: int, form: str, background: bool) -> tuple[dict, dict]:
-    """How the kernels run: `_sums` and `_gradient`, then `_finish`. Each of 128 threads loads 16 bytes at once
-    while its registers allow, and a program takes 4 such blocks, the next two on their way while it computes.
-    None of it depends on the GPU, so neither does the order of the sums."""
+    """How the kernels run: `_sums` and `_gradient`, then `_finish`. Each of 128 threads takes some voxels at once, 16
+    bytes of a class while its registers allow, and a program takes 4 such blocks, the next two on their way while it
+    computes; of many classes, whose sums take as long in the end, 7. None of it depends on the GPU, so neither does
+    the order of the sums."""
     common = {"C": classes, "FIRST": 0 if background else 1, "SQUARE": form == "batch"}
-    voxels = 16 // itemsize if classes == 2 else 4 if classes == 3 else 2
+    voxels = 16 // itemsize if classes == 2 else 4 if classes < 5 else 2
+    blocks = 4 if classes < 4 else 7
     width = triton.next_power_of_2(classes)
-    # Left to itself the assembler spills one register of many classes to keep the others at 80.
+    # Left to itself the assembler spills a register of many classes to have few.
     registers = {"maxnreg": 255} if classes > 10 else {}
     return (
-        {**common, "BLOCK": 128 * voxels, "SPAN": 512 * voxels, "num_warps": 4, **registers},
+        {**common, "BLOCK": 128 * voxels, "SPAN": 128 * voxels * blocks, "num_warps": 4, **registers},
         {**common, "WIDTH": width, "BLOCK": 4096 // width, "num_warps": 8},
     )
 
@@ -131,6 +133,16 @@ if triton:
         root = tl.rsqrt(total)  # squared, the inverse in 2 instructions to the 8 of a division
         return counted, y, e, total, tl.where(counted, root * root, 0.0), picked
 
+    @triton.jit
+    def _times(a, b):
+        return a * b
+
+    @triton.jit
+    def _together(x, N: tl.constexpr, product: tl.constexpr = False):
+        """The sums, or products, of N neighbors each: (BLOCK,) to (BLOCK / N,), within a thread if it holds these."""
+        x = tl.reshape(x, [x.shape[0] // N, N])
+        return tl.reduce(x, 1, _times) if product else tl.sum(x, 1)
+
     @triton.jit(do_not_specialize=["ignore"])
     def _sums(
         logits, label, sums, V, ignore, z_b, z_c, z_v, y_b, y_v,
@@ -138,33 +150,35 @@ if triton:
     ):  # fmt: skip
         """One program's part of I_c, S_c, T_c and N CE, to its column of sums (3 C + 1, B parts)."""
         part, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+        # a thread adds up its N voxels of a block at once: a register for each sum, so that many programs find room
+        N: tl.constexpr = BLOCK // 128
+        BITS: tl.constexpr = 8 if C < 5 else 4  # for a class's count, of up to 32 voxels or 14
+        count = tl.zeros([128], tl.int64 if C > 8 else tl.int32)
+        product = tl.full([128], 1.0, tl.float32)  # of as many totals of 1 to C, below 2 ** 64: one logarithm for all
+        nll = tl.zeros([128], tl.float32)
         inter, size = (), ()
         for _ in tl.static_range(FIRST, C):
-            inter += (tl.zeros([BLOCK], tl.float32),)
-            size += (tl.zeros([BLOCK], tl.float32),)
-        count = tl.zeros([BLOCK], tl.int64 if C > 8 else tl.int32)  # 4 bits a class: counts up to 4
-        one = count + 1
-        product = tl.full([BLOCK], 1.0, tl.float32)  # of 4 totals of 1 to C each: one logarithm for all
-        nll = tl.zeros([BLOCK], tl.float32)
+            inter += (tl.zeros([128], tl.float32),)
+            size += (tl.zeros([128], tl.float32),)
         for start in tl.range(part * SPAN, tl.minimum(part * SPAN + SPAN, V), BLOCK, num_stages=3):
             v = start + tl.arange(0, BLOCK)
             z, y = logits + sample * z_b + v * z_v, label + sample * y_b + v * y_v
             counted, y, e, total, inverse, picked = _softmax(z, y, v < V, z_c, ignore, C)
-            product *= tl.where(counted, total, 1.0)
-            nll -= picked
-            count += tl.where(counted, one << (4 * y), 0)
+            product *= _together(tl.where(counted, total, 1.0), N, product=True)
+            nll -= _together(picked, N)
+            count += _together(counted.to(count.dtype) << (BITS * tl.maximum(y, 0)), N)
             inter_before, size_before, inter, size = inter, size, (), ()
             for c in tl.static_range(FIRST, C):
                 p = e[c] * inverse
-                inter += (inter_before[c - FIRST] + tl.where(y == c, p, 0.0),)
-                size += (size_before[c - FIRST] + (p * p if SQUARE else p),)
+                inter += (inter_before[c - FIRST] + _together(tl.where(y == c, p, 0.0), N),)
+                size += (size_before[c - FIRST] + _together(p * p if SQUARE else p, N),)
         row = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
         sums += sample * tl.num_programs(0) + part
         for c in tl.static_range(C):
             if c >= FIRST:
                 tl.store(sums + c * row, tl.sum(inter[c - FIRST]))
                 tl.store(sums + (C + c) * row, tl.sum(size[c - FIRST]))
-            tl.store(sums + (2 * C + c) * row, tl.sum(((count >> (4 * c)) & 15).to(tl.float32)))
+            tl.store(sums + (2 * C + c) * row, tl.sum(((count >> (BITS * c)) & (2**BITS - 1)).to(tl.float32)))
         tl.store(sums + 3 * C * row, tl.sum(nll + tl.log(product)))
 
     @triton.jit
