@@ -90,16 +90,16 @@ def reference(
 
 
 def launch(classes: int, itemsize: int, form: str, background: bool) -> tuple[dict, dict]:
-    """How the kernels run: `_sums` and `_gradient`, then `_finish`. Each of 128 threads takes some voxels at once, 16
-    bytes of a class while its registers allow, and a program takes 4 such blocks, the next two on their way while it
-    computes; of many classes, whose sums take as long in the end, 7. None of it depends on the GPU, so neither does
-    the order of the sums."""
+    """How the kernels run: `_sums` and `_gradient`, then `_finish`. Each of 128 threads takes some voxels at once,
+    16 bytes a class of 2, fewer of more, for its registers, and a program takes 4 such blocks, the next two on their
+    way while it computes; from 4 classes on 7, for the more sums there are, the more it costs to finish them. None of
+    it depends on the GPU, so neither does the order of the sums."""
     common = {"C": classes, "FIRST": 0 if background else 1, "SQUARE": form == "batch"}
     voxels = 16 // itemsize if classes == 2 else 4 if classes < 5 else 2
     blocks = 4 if classes < 4 else 7
     width = triton.next_power_of_2(classes)
     # Left to itself the assembler spills a register of many classes to have few.
-    registers = {"maxnreg": 255} if classes > 10 else {}
+    registers = {"maxnreg": 255} if classes > 9 else {}
     return (
         {**common, "BLOCK": 128 * voxels, "SPAN": 128 * voxels * blocks, "num_warps": 4, **registers},
         {**common, "WIDTH": width, "BLOCK": 4096 // width, "num_warps": 8},
@@ -138,9 +138,9 @@ if triton:
         return a * b
 
     @triton.jit
-    def _together(x, N: tl.constexpr, product: tl.constexpr = False):
-        """The sums, or products, of N neighbors each: (BLOCK,) to (BLOCK / N,), within a thread if it holds these."""
-        x = tl.reshape(x, [x.shape[0] // N, N])
+    def _together(x, product: tl.constexpr = False):
+        """The sum, or product, of what each of 128 threads holds of x (BLOCK,): (128,)."""
+        x = tl.reshape(x, [128, x.shape[0] // 128], can_reorder=True)  # any order, so that each keeps its own
         return tl.reduce(x, 1, _times) if product else tl.sum(x, 1)
 
     @triton.jit(do_not_specialize=["ignore"])
@@ -150,9 +150,8 @@ if triton:
     ):  # fmt: skip
         """One program's part of I_c, S_c, T_c and N CE, to its column of sums (3 C + 1, B parts)."""
         part, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-        # a thread adds up its N voxels of a block at once: a register for each sum, so that many programs find room
-        N: tl.constexpr = BLOCK // 128
-        BITS: tl.constexpr = 8 if C < 5 else 4  # for a class's count, of up to 32 voxels or 14
+        # a thread adds up its voxels of a block at once: a register for each sum, so that many programs find room
+        BITS: tl.constexpr = 8 if C < 5 else 4  # of a class's count in a thread: of up to 32 voxels, or 7 blocks of 2
         count = tl.zeros([128], tl.int64 if C > 8 else tl.int32)
         product = tl.full([128], 1.0, tl.float32)  # of as many totals of 1 to C, below 2 ** 64: one logarithm for all
         nll = tl.zeros([128], tl.float32)
@@ -164,14 +163,14 @@ if triton:
             v = start + tl.arange(0, BLOCK)
             z, y = logits + sample * z_b + v * z_v, label + sample * y_b + v * y_v
             counted, y, e, total, inverse, picked = _softmax(z, y, v < V, z_c, ignore, C)
-            product *= _together(tl.where(counted, total, 1.0), N, product=True)
-            nll -= _together(picked, N)
-            count += _together(counted.to(count.dtype) << (BITS * tl.maximum(y, 0)), N)
+            product *= _together(tl.where(counted, total, 1.0), product=True)
+            nll -= _together(picked)
+            count += _together(counted.to(count.dtype) << (BITS * tl.maximum(y, 0)))
             inter_before, size_before, inter, size = inter, size, (), ()
             for c in tl.static_range(FIRST, C):
                 p = e[c] * inverse
-                inter += (inter_before[c - FIRST] + _together(tl.where(y == c, p, 0.0), N),)
-                size += (size_before[c - FIRST] + _together(p * p if SQUARE else p, N),)
+                inter += (inter_before[c - FIRST] + _together(tl.where(y == c, p, 0.0)),)
+                size += (size_before[c - FIRST] + _together(p * p if SQUARE else p),)
         row = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
         sums += sample * tl.num_programs(0) + part
         for c in tl.static_range(C):

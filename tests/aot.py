@@ -39,9 +39,9 @@ class Job:
 
 
 def compile_all(module: str, jobs: list[Job]) -> list[dict]:
-    """A dict a job: "spills" (instructions on local memory), "registers" a thread, "shared" memory in bytes, "loads"
-    from global memory by kind, "carried": how many values each loop takes from one pass to the next. Skips the test
-    where Triton or a disassembler is missing."""
+    """A dict a job: "spills" (instructions on local memory), "registers" a thread, "shared" memory in bytes, "shuffles"
+    (exchanges between the threads of a warp), "loads" from global memory by kind, "carried": how many values each loop
+    takes from one pass to the next. Skips the test where Triton or a disassembler is missing."""
     disassembler()
     child = subprocess.run(
         [sys.executable, __file__, module],
@@ -94,6 +94,7 @@ def measure(fn, job: Job) -> dict:
         "shared": compiled.metadata.shared,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "registers": 1 + max(int(n) for n in re.findall(r"\bR(\d+)\b", sass)),
+        "shuffles": len(re.findall(r"\bSHFL\b", sass)),
         "loads": Counter(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*", sass)),
         "carried": [line.count(" = ") for line in re.findall(LOOP, compiled.asm["ttir"])],
     }

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import runpy
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,10 +136,10 @@ def test_classes(classes, device):
     check(logits, label)
 
 
-@pytest.mark.parametrize("classes", [2, 4, 8, 16])
-def test_one_class_in_every_voxel(classes, device):
+@pytest.mark.parametrize("classes, dtype", [(2, torch.float16), *((n, torch.float32) for n in (2, 4, 8, 16))])
+def test_one_class_in_every_voxel(classes, dtype, device):
     """The last class fills its counter in the threads of a whole program and loses none."""
-    logits, label = draw((1, classes, 1, 65, 65), device)
+    logits, label = draw((1, classes, 1, 65, 65), device, dtype)
     check(logits, label.fill_(classes - 1), background=True)
 
 
@@ -341,14 +342,22 @@ def jobs(classes, dtype, label="u8", form="batch", background=True, channels_las
 
 def test_nothing_spills():
     """The most classes of each block size, and what the left atrium takes: its logits come 16 bytes at once, and in
-    bf16 all of its programs find room on a GPU together, which takes at most 64 registers a thread."""
+    bf16 the forward pass has at most 64 registers (two are not in the code): all its programs find room on a GPU."""
     default = [*jobs(2, "fp32", background=False), *jobs(2, "bf16", background=False)]
     results = assert_no_spills("kernels.dice", [*default, *jobs(4, "fp32"), *jobs(16, "fp32")])
     carried = [results[kernel]["carried"] for kernel in (0, 3, 6, 9)]  # count, product, nll, two sums a class
     assert carried == [[5], [5], [11], [35]]
     for kernel in (0, 1, 3, 4):
         assert any(kind.endswith(".128") for kind in results[kernel]["loads"]), default[kernel]
-    assert results[3]["registers"] <= 64 and results[4]["registers"] <= 64
+    assert results[3]["registers"] <= 62
+
+
+@pytest.mark.parametrize("dtype, label, last", [("bf16", "u8", False), ("bf16", "u8", True), ("fp32", "i64", True)])
+def test_a_thread_adds_up_its_own_voxels(dtype, label, last):
+    """Threads exchange nothing but the 5 sums in the end, 7 times each, even of volumes that are no multiple of 16."""
+    sums, *_ = jobs(2, dtype, label, background=False, channels_last=last)
+    odd = replace(sums, signature={name: kind.removesuffix(":16") for name, kind in sums.signature.items()})
+    assert [result["shuffles"] for result in assert_no_spills("kernels.dice", [sums, odd])] == [35, 35]
 
 
 @pytest.mark.slow
