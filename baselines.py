@@ -42,6 +42,15 @@ def gradients_of(loss: Tensor, weights: list[Tensor]) -> Sequence[Tensor]:
     return devices.average(torch.autograd.grad(loss, weights))
 
 
+def dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """The sum of all products of two lists of gradients, as they lie in memory: one sum, not a hundred."""
+    products = [p.as_strided((p.numel(),), (1,)) for p in torch._foreach_mul(one, other)]
+    sizes = [len(p) for p in products]
+    together = products[0].new_empty(sum(sizes))
+    torch._foreach_copy_(together.split(sizes), products)  # a fraction of the time of torch.cat
+    return together.sum()
+
+
 def descend(optimizer: Optimizer, loss: Tensor) -> None:
     """One step down `loss` for the weights of this optimizer, and for no others that the loss has met."""
     update(optimizer, gradients_of(loss, optimizer.param_groups[0]["params"]))

@@ -5,6 +5,7 @@
 
 import contextlib
 import copy
+import functools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -116,6 +117,34 @@ def compile_all(nets: list[nn.Module], shape: tuple[int, ...], amp: str) -> None
 def graphed(step: Callable, device: torch.device) -> Callable:
     """The step as a `Graph` on a GPU; on a CPU, and among several ranks, as it is."""
     return Graph(step) if device.type == "cuda" and WORLD == 1 else step
+
+
+class Aside:
+    """A second queue of a GPU. What is called under `with` follows what was called before the Aside was made and what
+    went this way before; `join` has all that comes later wait for it. In between, the GPU computes both queues at once,
+    and small kernels of one fill what the other leaves idle. Tensors of one that the other reads must live until they
+    are joined, here or in the next Aside. On a CPU all is done in the order of the text."""
+
+    def __init__(self, device: torch.device):
+        self.stream = second_stream(device) if device.type == "cuda" else None
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+
+    def __enter__(self):
+        self.within = torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
+        self.within.__enter__()
+
+    def __exit__(self, *error):
+        self.within.__exit__(*error)
+
+    def join(self) -> None:
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+
+@functools.cache
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one alone: each has memory of its own
 
 
 class Graph:

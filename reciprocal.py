@@ -32,7 +32,7 @@ import data
 import devices
 import metrics
 import record
-from baselines import COMPARISONS, cutmix, descend, exchange_boxes, gradients_of, named_loss, supervised_step, update
+from baselines import COMPARISONS, cutmix, dot, exchange_boxes, gradients_of, named_loss, supervised_step, update
 from cli import BadInput, Parser, add_flags, cli, flag, make_folder
 from data import PRESETS
 from devices import Pointwise, Unit
@@ -189,11 +189,16 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     gradient of the exam loss in the teacher's weights, divided by the number of voxels because CE is a mean over them,
     which makes the feedback weak. The paper's argmax is biased (tests/test_reciprocal.py shows identity and bias)."""
     (teacher, student), (t_optimizer, s_optimizer) = nets, optimizers
-    s_weights, loss = list(student.parameters()), functools.partial(named_loss, cfg.loss)
+    t_weights, s_weights = (list(net.parameters()) for net in nets)
+    loss, aside = functools.partial(named_loss, cfg.loss), devices.Aside(batch["x_u"].device)
 
-    with torch.set_grad_enabled(cfg.feedback != "off"):  # autograd's graph is kept for part 4
+    with aside, torch.set_grad_enabled(cfg.feedback != "off"):
         t_logits_u = teacher(batch["x_u"])  # (B_u, classes, D, H, W)
-    pseudo_label = t_logits_u.detach().argmax(1).to(torch.uint8)  # (B_u, D, H, W)
+        pseudo_label = t_logits_u.detach().argmax(1).to(torch.uint8)  # (B_u, D, H, W)
+    aside.join()  # the lesson needs them
+    if cfg.feedback != "off":
+        with aside:  # while the student learns, and before it has: h is but a factor of this gradient
+            g_p = torch.autograd.grad(named_loss("ce", t_logits_u, pseudo_label), t_weights)
     if cfg.feedback == "difference":
         with torch.no_grad(), exam(student, dropout=False):
             loss_before = loss(student(batch["x_l"]), batch["y_l"])
@@ -218,22 +223,22 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
 
     # 3. The feedback h, of g_u alone: labeled patches owe nothing to pseudo labels (`mixed` ones: their box).
     if cfg.feedback in ("scalar", "shuffled"):
-        g_l = gradients_of(loss_exam, s_weights)
-        products = [p.as_strided((p.numel(),), (1,)) for p in torch._foreach_mul(g_u, g_l)]  # as they lie in memory
-        feedback = s_optimizer.param_groups[0]["lr"] * torch.cat(products).sum()  # one sum, not a hundred
+        feedback = s_optimizer.param_groups[0]["lr"] * dot(g_u, gradients_of(loss_exam, s_weights))
         if cfg.feedback == "shuffled":
             feedback = feedback * np.random.default_rng([cfg.seed, batch["iteration"]]).choice((-1.0, 1.0))
     elif cfg.feedback == "difference":
         feedback = loss_before - loss_exam
 
-    # 4. The teacher: the labels and the feedback. Its gradient is linear in both, so one backward serves them.
-    x_l, y_l = cutmix(batch, cfg)
-    loss_t = loss_l = loss(teacher(x_l), y_l)
-    scalars["loss_l"] = loss_l
+    # 4. The teacher: the labels and, times h, the pseudo labels. Nothing but h is the student's, so a GPU is here too.
+    with aside:
+        x_l, y_l = cutmix(batch, cfg)
+        scalars["loss_l"] = loss_l = loss(teacher(x_l), y_l)
+        g_t = torch.autograd.grad(loss_l, t_weights)
+    aside.join()
     if cfg.feedback != "off":
-        loss_t = loss_l + feedback * named_loss("ce", t_logits_u, pseudo_label)
+        g_t = torch._foreach_add(g_t, torch._foreach_mul(g_p, feedback))
         scalars |= dict(loss_exam=loss_exam, feedback=feedback)
-    descend(t_optimizer, loss_t)
+    update(t_optimizer, devices.average(g_t))
     return {name: value.detach() for name, value in scalars.items()}
 
 
@@ -241,18 +246,14 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
 def exam(net: nn.Module, dropout: bool = True):
     """An exam teaches nothing: batch statistics normalize as in training, but leave no trace in the running ones.
     Two exams that are compared run without dropout: its chance would be all their difference."""
-    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     try:
         for module in net.modules():
-            if isinstance(module, nn.Dropout3d):
-                module.train(dropout)
-        for norm in norms:
-            norm.track_running_stats = False
+            module.track_running_stats = False  # batch norm alone reads it
+            module.training = dropout or not isinstance(module, nn.Dropout3d)
         yield
     finally:
-        net.train()
-        for norm in norms:
-            norm.track_running_stats = True
+        for module in net.train().modules():
+            module.track_running_stats = True
 
 
 # ---- inference ----------------------------------------------------------------------------------------------------
@@ -402,7 +403,7 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
     for number, stage in enumerate(stages(cfg)):
         if saved and number < saved["stage"]:
             continue
-        start, trained = 0, [nets[name].train() for name in stage.nets]
+        start, trained, pending = 0, [nets[name].train() for name in stage.nets], []
         optimizers = [make_optimizer(cfg, net) for net in trained]
         if saved and number == saved["stage"]:
             start = saved["iteration"]
@@ -410,7 +411,6 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
                 baselines.restore(optimizer, state)
         fixed = stage.step is supervised_step or stage.step is reciprocal_step and cfg.feedback != "shuffled"
         step = devices.graphed(stage.step, device) if cfg.graph and fixed else stage.step
-        pending = []  # what the steps returned, not yet read: reading waits for the device
         bar = tqdm(range(start, stage.iterations), stage.name, stage.iterations, initial=start, disable=QUIET)
         for iteration in bar:
             lr = learning_rate(cfg, iteration, stage.iterations)
@@ -430,7 +430,7 @@ def train(cfg: Config, dataset: data.Dataset, nets: dict[str, nn.Module], run: P
             if not due:
                 continue
             devices.average_buffers(trained)
-            lines, pending = record.read_scalars(pending), []
+            lines, pending = record.read_scalars(pending), []  # now and then only: reading waits for the device
             if "eval" in due:
                 dice = curve_point(cfg, dataset, {name: nets[name] for name in stage.nets if name in NETWORKS})
                 lines.append(dict(stage=stage.name, iteration=done, dice=dice))

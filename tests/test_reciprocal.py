@@ -1,4 +1,4 @@
-"""The method's claims: the feedback is the meta-gradient, one backward pass equals two, windows equal a plain loop."""
+"""The method's claims: the feedback is the meta-gradient, the step is its formulas, windows equal a plain loop."""
 
 import copy
 import itertools
@@ -190,8 +190,9 @@ def networks_and_batch(dropout=False):
 @pytest.mark.parametrize("preset,lesson,cutmix", [("paper", "pseudo", False), ("strong", "both", False),
                                                   ("strong", "both", True), ("strong", "mixed", True)])
 def test_step_equals_the_formulas_written_out(preset, lesson, cutmix):
-    """One summed backward equals two, and autograd.grad equals backward passes with copies, as in the authors' form:
-    both networks after one step of momentum SGD with weight decay. CutMix is the teacher's; the exam has none."""
+    """The teacher's two gradients, taken apart and added, and autograd.grad, equal backward passes with copies, as in
+    the authors' form: both networks after one step of momentum SGD with weight decay. CutMix is the teacher's; the exam
+    has none."""
     cfg = replace(Config(), **reciprocal.PRESETS[preset] | dict(lesson=lesson), cutmix=cutmix, lr=1.0)
     (teacher, student), batch = networks_and_batch()
     slow_t, slow_s = copy.deepcopy(teacher), copy.deepcopy(student)
