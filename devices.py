@@ -156,7 +156,8 @@ class Graph:
     the random numbers that follow from the seed of torch.manual_seed."""
 
     def __init__(self, step: Callable):
-        self.step, self.calls, self.stream, self.graph = step, 0, torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        self.step, self.calls, self.graph = step, 0, torch.cuda.CUDAGraph()
+        self.stream = torch.cuda.Stream(priority=-1)  # before what an Aside has beside it, which is waited for last
 
     def __call__(self, nets: list, optimizers: list, batch: dict, cfg) -> dict[str, Tensor]:
         self.calls += 1

@@ -37,7 +37,7 @@ except ImportError:  # no Triton on this platform: the reference serves
     triton = None
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-TILE, SUMMED = 4096, 2048  # values that a program looks at together; in sums fewer, with the next on their way
+TILE = 4096  # values that a program looks at together; where it sums, with the next on their way
 PARTS = 264  # at most so many programs have sums of their own
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -152,15 +152,14 @@ if triton:
 
 def launch(M: int, C: int) -> tuple[tuple[int, dict], ...]:
     """Of the kernels that sum, that add up the parts of such sums, and that write: the programs, and their tiles."""
+
+    def tile(width: int) -> dict:
+        return dict(ROWS=max(1, TILE // width), WIDTH=width, num_warps=8)
+
     width = triton.next_power_of_2(C)
-    few = min(width, 16)
-
-    def tile(size: int, width: int) -> dict:
-        return dict(ROWS=max(1, size // width), WIDTH=width, num_warps=8)
-
-    summing, adding, writing = tile(SUMMED, width), tile(TILE, few), tile(TILE, width)
-    parts, programs = (triton.cdiv(M, config["ROWS"]) for config in (summing, writing))
-    return (min(parts, PARTS), summing), (triton.cdiv(C, few), adding), (programs, writing)
+    wide, few = tile(width), tile(min(width, 16))
+    programs = triton.cdiv(M, wide["ROWS"])
+    return (min(programs, PARTS), wide), (triton.cdiv(C, few["WIDTH"]), few), (programs, wide)
 
 
 class _NormReLU(torch.autograd.Function):
@@ -217,10 +216,12 @@ def norm_relu(
 
     On a GPU, for channels_last_3d: three kernels forward and three backward, differentiable once, no synchronization,
     the same bits each time, fit for a CUDA graph. Everything else takes the reference, gradients in evaluation and
-    (C,) with a stride too.
+    weights with a stride too. ValueError for running averages with a stride, which PyTorch on a GPU writes beside.
     """
+    if any(v is not None and not v.is_contiguous() for v in (running_mean, running_var)):
+        raise ValueError("running_mean and running_var: without a stride")
     several = x.numel() > x.shape[1]  # values in a channel; of one PyTorch says that it has no variance
-    dense = all(v is None or v.is_contiguous() for v in (offset, weight, bias, running_mean, running_var))
+    dense = all(v.is_contiguous() for v in (offset, weight, bias))
     kernels = triton and (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and several and dense
     kernels = kernels and (training or not torch.is_grad_enabled())
     if kernels and x.is_contiguous(memory_format=torch.channels_last_3d):

@@ -315,12 +315,15 @@ def test_step_never_waits_for_the_device(monkeypatch):
 @pytest.mark.parametrize("step,changes", [
     (supervised_step, {}), (reciprocal_step, dict(lesson="mixed", cutmix=True)),
     *((reciprocal_step, dict(feedback=feedback)) for feedback in ("scalar", "difference", "off"))])
-def test_a_graph_computes_what_the_step_does(step, changes, optimizer, amp, request):
-    """Captured at the fourth call and replayed at five others, on new patches, learning rates, boxes and dropout."""
+def test_a_graph_computes_what_the_step_does(step, changes, optimizer, amp, request, monkeypatch):
+    """Captured at the fourth call and replayed at five others, on new patches, learning rates, boxes and dropout; and
+    two queues compute what one does."""
     request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     device = devices.settle("cuda", deterministic=True)
     cfg, runs = replace(Config(), **changes, optimizer=optimizer), []
-    for function in (step, devices.graphed(step, device)):
+    second = devices.second_stream
+    for function, queue in ((step, lambda device: None), (step, second), (devices.graphed(step, device), second)):
+        monkeypatch.setattr(devices, "second_stream", queue)
         nets, batch = networks_and_batch(dropout=True)
         nets = [net.to(device, memory_format=torch.channels_last_3d) for net in nets]
         optimizers, scalars = [reciprocal.make_optimizer(cfg, net) for net in nets], []
@@ -336,7 +339,7 @@ def test_a_graph_computes_what_the_step_does(step, changes, optimizer, amp, requ
             nets[0].train()
         runs.append([x for values in [*(net.state_dict() for net in nets), *scalars] for x in values.values()])
     assert function.calls == 9
-    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+    assert all(torch.equal(one, other) for one, *others in zip(*runs, strict=True) for other in others)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
