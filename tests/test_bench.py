@@ -295,7 +295,7 @@ def test_the_kept_benches_have_the_numbers_of_their_tables(readme, column):
     """A table's row, and those below it without a command, are of the JSON that it links: `ms` or `ratio`."""
     rows, read = [], 0
     for line in (ROOT / readme).read_text().splitlines():
-        if kept := re.search(r"\(((?:\w+/)*)([\w-]+-(?:cpu|h100)[\w-]*\.json)\)", line):
+        if kept := re.search(r"\(((?:\w+/)*)([\w-]+-(?:cpu|h100|h200)[\w-]*\.json)\)", line):
             rows = json.loads((ROOT / "results/bench" / kept[2]).read_text())["rows"]
         elif not line.startswith("| |"):
             rows = []
