@@ -192,12 +192,13 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     t_weights, s_weights = (list(net.parameters()) for net in nets)
     loss, aside = functools.partial(named_loss, cfg.loss), devices.Aside(batch["x_u"].device)
 
+    # Of the student's work the teacher's needs h alone, and that in part 4: it goes aside, and a GPU does both at once.
     with aside, torch.set_grad_enabled(cfg.feedback != "off"):
         t_logits_u = teacher(batch["x_u"])  # (B_u, classes, D, H, W)
         pseudo_label = t_logits_u.detach().argmax(1).to(torch.uint8)  # (B_u, D, H, W)
-    aside.join()  # the lesson needs them
+    aside.join()  # the lesson needs the pseudo labels
     if cfg.feedback != "off":
-        with aside:  # while the student learns, and before it has: h is but a factor of this gradient
+        with aside:  # taken now, so that nothing of the pass has to be kept; part 4 multiplies it by h
             g_p = torch.autograd.grad(named_loss("ce", t_logits_u, pseudo_label), t_weights)
     if cfg.feedback == "difference":
         with torch.no_grad(), exam(student, dropout=False):
@@ -207,12 +208,11 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     x_u, y_u, x_s, y_s = batch["x_u"], pseudo_label, batch.get("x_s"), batch.get("y_s")
     if cfg.lesson == "mixed":
         x_u, y_u, x_s, y_s = exchange_boxes(x_u, y_u, x_s, y_s)
-    loss_u = loss(student(x_u), y_u)
-    lesson = g_u = gradients_of(loss_u, s_weights)
-    scalars = dict(loss_u=loss_u)
+    scalars = dict(loss_u=loss(student(x_u), y_u))
+    lesson = g_u = gradients_of(scalars["loss_u"], s_weights)
     if cfg.lesson != "pseudo":
-        scalars["loss_s"] = loss_s = loss(student(x_s), y_s)
-        lesson = torch._foreach_add(g_u, gradients_of(loss_s, s_weights))  # one call, not a hundred
+        scalars["loss_s"] = loss(student(x_s), y_s)
+        lesson = torch._foreach_add(g_u, gradients_of(scalars["loss_s"], s_weights))  # one call, not a hundred
     update(s_optimizer, lesson)
 
     # 2. The exam: the updated student on true labels. A gradient only: nothing is learned from it.
@@ -229,11 +229,11 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     elif cfg.feedback == "difference":
         feedback = loss_before - loss_exam
 
-    # 4. The teacher: the labels and, times h, the pseudo labels. Nothing but h is the student's, so a GPU is here too.
+    # 4. The teacher: the gradient of the labels and, times h, that of the pseudo labels.
     with aside:
         x_l, y_l = cutmix(batch, cfg)
-        scalars["loss_l"] = loss_l = loss(teacher(x_l), y_l)
-        g_t = torch.autograd.grad(loss_l, t_weights)
+        scalars["loss_l"] = loss(teacher(x_l), y_l)
+        g_t = torch.autograd.grad(scalars["loss_l"], t_weights)
     aside.join()
     if cfg.feedback != "off":
         g_t = torch._foreach_add(g_t, torch._foreach_mul(g_p, feedback))
