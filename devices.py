@@ -25,8 +25,9 @@ RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in
 
 # ---- one device -----------------------------------------------------------------------------------------------------
 
-def settle(name: str, amp: str = "off", deterministic: bool = False) -> torch.device:
-    """The device of a flag, ready to compute; BadInput where it is not there, or convolves wrongly in bf16."""
+def settle(name: str, amp: str = "off", deterministic: bool = False, sides: Sequence[int] = (24,)) -> torch.device:
+    """The device of a flag, ready to compute; BadInput where it is not there, or convolves volumes of these first sides
+    wrongly in bf16."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -40,9 +41,9 @@ def settle(name: str, amp: str = "off", deterministic: bool = False) -> torch.de
     torch.backends.cudnn.benchmark = not deterministic  # the fastest algorithms for shapes that do not change
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    if not bf16_is_right(amp, device):
-        raise BadInput(f"cuDNN {torch.backends.cudnn.version()} computes wrong bf16 convolutions: choose --amp off, or "
-                       "install 9.15 or newer")
+    if not all(bf16_is_right(amp, device, side) for side in sides):
+        newer = f", or a newer cuDNN than {torch.backends.cudnn.version()}: 9.15 is right" * (device.type == "cuda")
+        raise BadInput(f"bf16 convolutions of this network come out wrong here: choose --amp off{newer}")
     return device
 
 
@@ -55,15 +56,23 @@ def autocast(amp: str, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def bf16_is_right(amp: str, device: torch.device) -> bool:
-    """Whether a convolution under this autocast is the one of float32, but for rounding: some versions of cuDNN (9.8 to
-    9.10) get it wrong in bf16 without a word."""
+def bf16_is_right(amp: str, device: torch.device, side: int) -> bool:
+    """Whether a convolution under this autocast and its gradients are those of float32, but for rounding. Some versions
+    of cuDNN (9.8 to 9.10) get them wrong in bf16 without a word, and oneDNN 3.12 the gradient of the weight on a CPU
+    without AMX, of volumes whose first side is 2."""
     x, weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
-        device, memory_format=torch.channels_last_3d) for shape in ((2, 16, 24, 24, 16), (16, 16, 3, 3, 3)))
-    expected = nn.functional.conv3d(x, weight, padding=1)
+        device, memory_format=torch.channels_last_3d).requires_grad_()
+        for shape in ((2, 16, side, 24, 16), (16, 16, 3, 3, 3)))
+
+    def convolution() -> tuple[Tensor, ...]:
+        y = nn.functional.conv3d(x, weight, padding=1).float()
+        return y, *torch.autograd.grad(y.square().sum(), (x, weight))
+
+    expected = convolution()
     with autocast(amp, device):
-        found = nn.functional.conv3d(x, weight, padding=1).float()
-    return bool((found - expected).norm() < 0.02 * expected.norm())  # 8 bits: 0.003
+        found = convolution()
+    return all(bool((one - other).norm() < 0.02 * other.norm())  # 8 bits: 0.003
+               for one, other in zip(found, expected, strict=True))
 
 
 class Unit(nn.Sequential):
@@ -120,15 +129,16 @@ def graphed(step: Callable, device: torch.device) -> Callable:
 
 
 class Aside:
-    """A second queue of a GPU. What is called under `with` follows what was called before the Aside was made and what
-    went this way before; `join` has all that comes later wait for it. In between, the GPU computes both queues at once,
-    and small kernels of one fill what the other leaves idle. Tensors of one that the other reads must live until they
-    are joined, here or in the next Aside. On a CPU all is done in the order of the text."""
+    """A second queue of a GPU. What is called under `with` follows what was called before the Aside was made, and what
+    went this way before, but does not see what the first queue computes meanwhile; `join` has the first queue wait for
+    it, and the last thing that a step does with an Aside. In between the GPU computes both queues at once, and small
+    kernels of one fill what the other leaves idle. A tensor that both queues use must live until they are joined, here
+    or by the next Aside. On a CPU, and among several ranks, all is done in the order of the text."""
 
     def __init__(self, device: torch.device):
-        self.stream = second_stream(device) if device.type == "cuda" else None
+        self.stream = second_stream(device) if device.type == "cuda" and WORLD == 1 else None
         if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def __enter__(self):
         self.within = torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
@@ -139,7 +149,7 @@ class Aside:
 
     def join(self) -> None:
         if self.stream:
-            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
 @functools.cache
@@ -157,7 +167,7 @@ class Graph:
 
     def __init__(self, step: Callable):
         self.step, self.calls, self.graph = step, 0, torch.cuda.CUDAGraph()
-        self.stream = torch.cuda.Stream(priority=-1)  # before what an Aside has beside it, which is waited for last
+        self.stream = torch.cuda.Stream(priority=-1)  # its kernels go first, those of an Aside fill the gaps
 
     def __call__(self, nets: list, optimizers: list, batch: dict, cfg) -> dict[str, Tensor]:
         self.calls += 1
@@ -178,6 +188,8 @@ class Graph:
                     self.scalars = self.on_device(nets, optimizers, batch | self.inputs, cfg)
             except RuntimeError as error:
                 cause = error.__context__ or error  # what ended the capture, not that it was ended
+                if not isinstance(cause, RuntimeError):
+                    raise cause from None
                 raise BadInput(f"--no-graph is needed here: {str(cause).splitlines()[0]}") from None
         for name, x in self.inputs.items():
             x.copy_(batch[name])

@@ -35,7 +35,7 @@ import record
 from baselines import COMPARISONS, cutmix, dot, exchange_boxes, gradients_of, named_loss, supervised_step, update
 from cli import BadInput, Parser, add_flags, cli, flag, make_folder
 from data import PRESETS
-from devices import Pointwise, Unit
+from devices import Pointwise, Unit, settle
 from files import write_label
 
 NETWORKS = ("student", "teacher")  # those that segment
@@ -248,7 +248,7 @@ def exam(net: nn.Module, dropout: bool = True):
     Two exams that are compared run without dropout: its chance would be all their difference."""
     try:
         for module in net.modules():
-            module.track_running_stats = False  # batch norm alone reads it
+            module.track_running_stats = False  # of a VNet's modules batch norm alone reads it
             module.training = dropout or not isinstance(module, nn.Dropout3d)
         yield
     finally:
@@ -535,7 +535,7 @@ def main(arguments: list[str]) -> None:
                 raise BadInput(f"--iterations {cfg.iterations}: the run is at {saved['iteration']} already")
             if saved and saved["config"]["iterations"] != cfg.iterations and devices.RANK == 0:
                 print(f"It goes on as a run of {cfg.iterations} iterations would: learning rates and ramps may jump.")
-        device = devices.settle(cfg.device, cfg.amp, cfg.deterministic)
+        device = settle(cfg.device, cfg.amp, cfg.deterministic, [cfg.patch[0] >> n for n in range(cfg.depth + 1)])
         folder.enter_context(devices.company(device))
         if cfg.sync_norm and devices.WORLD > 1 and device.type != "cuda":
             raise BadInput("--sync-norm: on GPUs alone; leave it out")
@@ -571,7 +571,7 @@ def predict(arguments: list[str]) -> None:
     source, target, checkpoint, network = (flags.pop(n) for n in ("input", "output", "checkpoint", "network"))
     saved = record.load_checkpoint(checkpoint)
     cfg = config_of(saved["config"] | flags, checkpoint)
-    device = devices.settle(cfg.device, cfg.amp)
+    device = settle(cfg.device, cfg.amp)
     net = build(cfg, network, saved["channels"], len(saved["classes"]))
     record.load_weights(net, saved, network, checkpoint)
     net = net.to(device, memory_format=torch.channels_last_3d).eval()

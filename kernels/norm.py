@@ -37,7 +37,7 @@ except ImportError:  # no Triton on this platform: the reference serves
     triton = None
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-TILE = 4096  # values that a program looks at together; where it sums, with the next on their way
+TILE = 4096  # values that a program looks at together; sums load the next ones meanwhile
 PARTS = 264  # at most so many programs have sums of their own
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -216,10 +216,11 @@ def norm_relu(
 
     On a GPU, for channels_last_3d: three kernels forward and three backward, differentiable once, no synchronization,
     the same bits each time, fit for a CUDA graph. Everything else takes the reference, gradients in evaluation and
-    weights with a stride too. ValueError for running averages with a stride, which PyTorch on a GPU writes beside.
+    weights with a stride too. ValueError for running averages with one: PyTorch's own batch norm does not update these
+    on a GPU.
     """
     if any(v is not None and not v.is_contiguous() for v in (running_mean, running_var)):
-        raise ValueError("running_mean and running_var: without a stride")
+        raise ValueError("running_mean and running_var must be contiguous")
     several = x.numel() > x.shape[1]  # values in a channel; of one PyTorch says that it has no variance
     dense = all(v.is_contiguous() for v in (offset, weight, bias))
     kernels = triton and (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and several and dense

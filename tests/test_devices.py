@@ -18,7 +18,7 @@ import devices
 import kernels.dice
 import reciprocal
 import record
-from cli import cli
+from cli import BadInput, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--data phantom --patch 16 16 16 --stride 32 32 32 --filters 2 --depth 1 --batch-l 2 --batch-u 2 --pretrain 2 "
@@ -213,13 +213,20 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_bf16_convolutions_are_checked(monkeypatch):
-    cpu = torch.device("cpu")
-    assert devices.bf16_is_right("off", cpu) and devices.bf16_is_right("bf16", cpu)
-    right = torch.nn.functional.conv3d
-    monkeypatch.setattr(torch.nn.functional, "conv3d", lambda x, w, padding: right(x, w, padding=padding) * (
-        1.1 if torch.is_autocast_enabled("cpu") else 1))
-    assert devices.bf16_is_right("off", cpu) and not devices.bf16_is_right("bf16", cpu)
+@pytest.mark.parametrize("wrong", [lambda y: 1.1 * y, lambda y: 1.1 * y - 0.1 * y.detach()], ids=["y", "gradient"])
+def test_bf16_convolutions_are_checked(wrong, monkeypatch):
+    cpu, right = torch.device("cpu"), torch.nn.functional.conv3d
+    assert devices.bf16_is_right("off", cpu, 2) and devices.bf16_is_right("bf16", cpu, 24)
+
+    def conv3d(x, weight, padding):
+        y = right(x, weight, padding=padding)
+        return wrong(y) if len(x[0, 0]) == 4 and torch.is_autocast_enabled("cpu") else y
+
+    monkeypatch.setattr(torch.nn.functional, "conv3d", conv3d)
+    assert devices.bf16_is_right("off", cpu, 4) and not devices.bf16_is_right("bf16", cpu, 4)
+    devices.settle("cpu", "bf16", sides=(16, 8))
+    with pytest.raises(BadInput, match="choose --amp off$"):
+        devices.settle("cpu", "bf16", sides=(16, 8, 4))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])

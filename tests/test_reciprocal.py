@@ -183,8 +183,8 @@ def test_sign_of_the_feedback():
 def networks_and_batch(dropout=False):
     torch.manual_seed(0)
     nets = [VNet(1, 3, filters=2, depth=1, dropout=dropout).train() for _ in range(2)]
-    batch = {name: torch.randn(2, 1, 4, 6, 8) for name in ("x_l", "x_u", "x_s")}
-    return nets, batch | {name: torch.randint(3, (2, 4, 6, 8)) for name in ("y_l", "y_s")}
+    batch = {name: torch.randn(2, 1, 6, 4, 8) for name in ("x_l", "x_u", "x_s")}
+    return nets, batch | {name: torch.randint(3, (2, 6, 4, 8)) for name in ("y_l", "y_s")}
 
 
 @pytest.mark.parametrize("preset,lesson,cutmix", [("paper", "pseudo", False), ("strong", "both", False),
