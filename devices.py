@@ -48,8 +48,8 @@ def settle(name: str, amp: str = "off", deterministic: bool = False, sides: Sequ
 
 
 def autocast(amp: str, device: torch.device):
-    """Autocast to bf16 where asked for; "auto" is on CUDA alone: of CPUs only those with matrix units (AMX) are faster
-    in bf16 than in float32, others many times as slow, as are GPUs that only emulate it."""
+    """Autocast to bf16 where asked for; "auto" is on CUDA alone: of CPUs only those with bf16 instructions (AMX or
+    AVX512_BF16) are faster in it than in float32, others many times as slow, as are GPUs that only emulate it."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = amp == "bf16" or amp == "auto" and native
     # Without the cache of cast weights: within one step the exam would still see the student from before the lesson.
@@ -58,8 +58,8 @@ def autocast(amp: str, device: torch.device):
 
 def bf16_is_right(amp: str, device: torch.device, side: int) -> bool:
     """Whether a convolution under this autocast and its gradients are those of float32, but for rounding. Some versions
-    of cuDNN (9.8 to 9.10) get them wrong in bf16 without a word, and oneDNN 3.12 the gradient of the weight on a CPU
-    without AMX, of volumes whose first side is 2."""
+    of cuDNN (9.8 to 9.10) get them wrong in bf16 without a word, and oneDNN 3.12, on CPUs with AVX512_BF16 but no AMX,
+    the weight's gradient where the first side of a volume is 2."""
     x, weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
         device, memory_format=torch.channels_last_3d).requires_grad_()
         for shape in ((2, 16, side, 24, 16), (16, 16, 3, 3, 3)))

@@ -95,7 +95,7 @@ class Config:
     largest_component: bool = flag(False, "keep the largest component of each predicted class")
     spacing: str = flag("voxels", "unit of the distances", ("voxels", "mm"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    amp: str = flag("auto", "autocast; auto is bf16 on CUDA alone; a CPU gains with AMX only", ("auto", "bf16", "off"))
+    amp: str = flag("auto", "autocast; auto: bf16 on CUDA; a CPU gains by AMX or AVX512_BF16", ("auto", "bf16", "off"))
     deterministic: bool = flag(False, "deterministic algorithms only")
     compile: bool = flag(False, "torch.compile of the networks: a minute or two at first, then faster steps")
     graph: bool = flag(True, "on one GPU, supervised and reciprocal steps (without a random sign) as CUDA graphs")
