@@ -131,7 +131,7 @@ def graphed(step: Callable, device: torch.device) -> Callable:
 class Aside:
     """A second queue of a GPU. What is called under `with` follows what was called before the Aside was made, and what
     went this way before, but does not see what the first queue computes meanwhile; `join` has the first queue wait for
-    it, and the last thing that a step does with an Aside. In between the GPU computes both queues at once, and small
+    it, and must be the last that a step does with an Aside. In between the GPU computes both queues at once, and small
     kernels of one fill what the other leaves idle. A tensor that both queues use must live until they are joined, here
     or by the next Aside. On a CPU, and among several ranks, all is done in the order of the text."""
 

@@ -192,7 +192,7 @@ def reciprocal_step(nets: list[VNet], optimizers: list[Optimizer], batch: dict, 
     t_weights, s_weights = (list(net.parameters()) for net in nets)
     loss, aside = functools.partial(named_loss, cfg.loss), devices.Aside(batch["x_u"].device)
 
-    # Of the student's work the teacher's needs h alone, and that in part 4: it goes aside, and a GPU does both at once.
+    # Of the student's work the teacher needs h alone, in part 4. So the teacher works aside: a GPU does both at once.
     with aside, torch.set_grad_enabled(cfg.feedback != "off"):
         t_logits_u = teacher(batch["x_u"])  # (B_u, classes, D, H, W)
         pseudo_label = t_logits_u.detach().argmax(1).to(torch.uint8)  # (B_u, D, H, W)
