@@ -141,7 +141,7 @@ class Aside:
             self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def __enter__(self):
-        self.within = torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
+        self.within = torch.cuda.stream(self.stream)  # of None it is no change
         self.within.__enter__()
 
     def __exit__(self, *error):
